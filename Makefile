@@ -1,0 +1,57 @@
+# Needs Python 3.11 or 3.12, make and a C compiler; everything else is put into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+QUICKSTART := quickstart
+PYTEST_ARGS ?=
+
+# TensorFlow's notes on its own start-up say nothing about a run.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make .venv with this package, editable, and all that it needs
+
+$(INSTALLED): setup.py pyproject.toml tracin_beam/_version.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	  { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --editable '.[test,examples]'
+	@touch $@
+
+quickstart: $(QUICKSTART)/.trained  ## handwritten digits from training to report.html, about two minutes
+	$(BIN)/python -m pipelines.influence --task examples/digits/task.py:task \
+	  --checkpoints $(QUICKSTART)/ckpts --train '$(QUICKSTART)/data/train-*.tfrecord' \
+	  --test '$(QUICKSTART)/data/test-*.tfrecord' --output $(QUICKSTART)/out --top_k 10
+	$(BIN)/python -m pipelines.self_influence --task examples/digits/task.py:task \
+	  --checkpoints $(QUICKSTART)/ckpts --train '$(QUICKSTART)/data/train-*.tfrecord' \
+	  --output $(QUICKSTART)/out
+	$(BIN)/python examples/digits/summary.py --output $(QUICKSTART)
+
+# Trained once: a second `make quickstart` finds its embeddings made and only writes the tables again.
+$(QUICKSTART)/.trained: examples/digits/task.py examples/digits/train.py | $(INSTALLED)
+	rm -rf $(addprefix $(QUICKSTART)/,data ckpts out)
+	$(BIN)/python examples/digits/train.py --output $(QUICKSTART)
+	@touch $@
+
+test: $(INSTALLED)  ## run the tests; PYTEST_ARGS='-k report' chooses some
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy tracin_beam pipelines
+
+format: $(INSTALLED)  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, the quickstart's output and all caches
+	rm -rf $(VENV) $(QUICKSTART) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,8 @@
+"""Self-influence tables: how much each training example lowers its own loss."""
+
+import sys
+
+from tracin_beam.jobs import main
+
+if __name__ == "__main__":
+    sys.exit(main("self_influence", __doc__ or ""))

@@ -1,0 +1,214 @@
+"""Embedding files: a TFRecord for each training or test example at a checkpoint.
+
+A record is a `tf.train.Example`: `id` (bytes), `position` (int64), `label`, `prediction`, `loss`,
+`squared_norm` (float) and `embedding` (bytes: little-endian float32 [dim]). They are written
+straight as protocol buffer bytes, since building a message for each in Python takes longer than
+the arithmetic of a small model.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from tracin_beam import files, records
+from tracin_beam.errors import InputError
+
+FLOATS = ("label", "prediction", "loss", "squared_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """Rows of an embedding file, in the order of their positions.
+
+    Attributes:
+      ids: object [n] of bytes.
+      position: int64 [n], place of the record in its shard.
+      label, prediction, loss, squared_norm: float32 [n].
+      embedding: float32 [n, dim].
+    """
+
+    ids: np.ndarray
+    position: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    loss: np.ndarray
+    squared_norm: np.ndarray
+    embedding: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def take(self, index: np.ndarray) -> "Embeddings":
+        """The rows at these indices, or where a mask is true."""
+        return Embeddings(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+
+def encode(rows: Embeddings) -> Iterator[bytes]:
+    """Serialised `tf.train.Example`s of the rows."""
+    floats = np.stack([getattr(rows, name) for name in FLOATS], axis=1).astype("<f4")
+    heads = [_entry_head(name, _FLOAT_HEAD, 4) + _FLOAT_HEAD for name in FLOATS]
+    vectors = np.ascontiguousarray(rows.embedding, "<f4")
+    vector_head = _bytes_head("embedding", vectors.shape[1] * 4)
+    for i in range(len(rows)):
+        identity = bytes(rows.ids[i])
+        number = _varint(int(rows.position[i]))
+        raw = floats[i].tobytes()
+        # Feature.int64_list = 3, Int64List.value = 1, packed.
+        value = _message(3, _message(1, number))
+        body = b"".join(
+            (
+                _bytes_head("id", len(identity)),
+                identity,
+                _entry_head("position", value, 0),
+                value,
+                heads[0],
+                raw[0:4],
+                heads[1],
+                raw[4:8],
+                heads[2],
+                raw[8:12],
+                heads[3],
+                raw[12:16],
+                vector_head,
+                vectors[i].tobytes(),
+            )
+        )
+        yield _message(1, body)  # Example.features = 1
+
+
+def _varint(n: int) -> bytes:
+    out = bytearray()
+    while n > 0x7F:
+        out.append(n & 0x7F | 0x80)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+def _head(field: int, size: int) -> bytes:
+    return _varint(field << 3 | 2) + _varint(size)
+
+
+def _message(field: int, body: bytes) -> bytes:
+    return _head(field, len(body)) + body
+
+
+# Feature.float_list = 2, FloatList.value = 1, packed: four bytes.
+_FLOAT_HEAD = _head(2, 6) + _head(1, 4)
+
+
+def _entry_head(name: str, value: bytes, more: int) -> bytes:
+    """All of a `Features.feature` entry that comes before its value, which has `more` bytes beyond."""
+    size = len(value) + more
+    key = _message(1, name.encode())
+    value_head = _head(2, size)
+    return _head(1, len(key) + len(value_head) + size) + key + value_head
+
+
+def _bytes_head(name: str, size: int) -> bytes:
+    # Feature.bytes_list = 1, BytesList.value = 1.
+    inner = _head(1, size)
+    outer = _head(1, len(inner) + size)
+    return _entry_head(name, outer + inner, size) + outer + inner
+
+
+class EmbeddingWriter:
+    """Writes rows to a binary handle as TFRecords."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._writer = records.RecordWriter(handle)
+
+    def write(self, rows: Embeddings) -> None:
+        for data in encode(rows):
+            self._writer.write(data)
+
+
+def read(path: str, rows: int = 4096) -> Iterator[Embeddings]:
+    """Reads an embedding file, some rows at a time.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    batch: list[bytes] = []
+    for record in records.read_records(path):
+        if isinstance(record, records.BadRecord):
+            raise InputError(
+                f"{path}: {record.reason} at record {record.position}. "
+                "Delete the file and run again: it will be computed anew."
+            )
+        batch.append(record.data)
+        if len(batch) == rows:
+            yield decode(batch)
+            batch = []
+    if batch:
+        yield decode(batch)
+
+
+def read_at(path: str, positions: np.ndarray) -> Embeddings:
+    """A file's rows at these positions, each of which it must have."""
+    found = [part.take(np.isin(part.position, positions)) for part in read(path)]
+    rows = concatenate([part for part in found if len(part)])
+    if not np.array_equal(rows.position, np.unique(positions)):
+        raise InputError(f"{path} lacks some examples. Delete it and run again.")
+    return rows
+
+
+def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
+    """Rows of all parts, one after the other."""
+    names = [f.name for f in dataclasses.fields(Embeddings)]
+    return Embeddings(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+def decode(serialised: Sequence[bytes]) -> Embeddings:
+    """The inverse of `encode`."""
+    import tensorflow as tf
+
+    spec = {name: tf.io.FixedLenFeature([], tf.float32) for name in FLOATS}
+    spec["position"] = tf.io.FixedLenFeature([], tf.int64)
+    spec["id"] = spec["embedding"] = tf.io.FixedLenFeature([], tf.string)
+    parsed = tf.io.parse_example(list(serialised), spec)
+    return Embeddings(
+        parsed["id"].numpy(),
+        parsed["position"].numpy(),
+        *(parsed[name].numpy() for name in FLOATS),
+        tf.io.decode_raw(parsed["embedding"], tf.float32).numpy(),
+    )
+
+
+def read_checkpoints(paths: Sequence[str], excluded: Sequence[int]) -> Iterator[list[Embeddings]]:
+    """The same examples at every checkpoint, some thousand at a time.
+
+    Args:
+      paths: one shard's embedding files, a file for each checkpoint.
+      excluded: positions to leave out, those rejected at any checkpoint among them.
+
+    Yields:
+      For each checkpoint the embeddings of the same positions.
+    """
+    readers = [_without(read(path), np.asarray(excluded, np.int64)) for path in paths]
+    for parts in zip(*readers, strict=True):
+        if any(not np.array_equal(parts[0].position, part.position) for part in parts[1:]):
+            raise InputError(
+                f"{', '.join(paths)} do not hold the same examples. "
+                "Delete them and run again: they will be computed anew."
+            )
+        yield list(parts)
+
+
+def _without(parts: Iterator[Embeddings], excluded: np.ndarray) -> Iterator[Embeddings]:
+    """Leaves rows out and fills up again, so that all checkpoints' parts have the same rows."""
+    waiting: list[Embeddings] = []
+    size = 4096
+    for part in parts:
+        kept = part.take(~np.isin(part.position, excluded))
+        if len(kept):
+            waiting.append(kept)
+        if sum(map(len, waiting)) >= size:
+            rows = concatenate(waiting)
+            yield rows.take(np.arange(size))
+            waiting = [rows.take(np.arange(size, len(rows)))] if len(rows) > size else []
+    if waiting:
+        yield concatenate(waiting)
+

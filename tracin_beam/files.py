@@ -1,0 +1,211 @@
+"""Files on any file system that Beam knows: local, gs://, s3://, hdfs:// and others."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from tracin_beam.errors import InputError
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file and its size in bytes."""
+
+    path: str
+    size: int
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` has no scheme, so that it lies on this machine."""
+    return FileSystems.get_scheme(path) is None
+
+
+def join(base: str, *parts: str) -> str:
+    """Joins path components as the file system of `base` does.
+
+    Raises:
+        InputError: that file system is unknown.
+    """
+    try:
+        return FileSystems.join(base, *parts)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or a directory at `path`."""
+    return FileSystems.exists(path)
+
+
+def match(pattern: str) -> list[FileInfo]:
+    """Finds the files that a pattern, or a comma separated list of patterns and paths, names.
+
+    `*`, `?` and `[...]` stay within a folder, `**` does not. Directories never match, and hidden
+    files (unfinished ones are) only when the pattern's own base name starts with a dot.
+
+    Returns:
+        The files, each once, sorted by path.
+
+    Raises:
+        InputError: a pattern matches nothing, or its file system is unknown.
+    """
+    patterns = [part.strip() for part in pattern.split(",") if part.strip()]
+    if not patterns:
+        raise InputError(f"No file is named by the pattern {pattern!r}: give a path or a glob")
+    found = {info.path: info for part in patterns for info in _match_one(part)}
+    return sorted(found.values(), key=lambda info: info.path)
+
+
+def _match_one(pattern: str) -> list[FileInfo]:
+    # Beam lists the folder before the first wildcard, and does not take "" for the current one.
+    bare = is_local(pattern) and not os.path.dirname(pattern)
+    try:
+        if is_local(pattern) and os.path.isfile(pattern):  # a name may itself hold brackets
+            return [FileInfo(pattern, os.path.getsize(pattern))]
+        metadata = FileSystems.match([f"./{pattern}" if bare else pattern])[0].metadata_list
+    except (BeamIOError, ValueError) as error:
+        raise InputError(f"Cannot look for files matching {pattern!r}: {error}") from error
+    hidden = _base_name(pattern).startswith(".")
+    infos = [
+        FileInfo(m.path.removeprefix("./") if bare else m.path, m.size_in_bytes)
+        for m in metadata
+        if not m.path.endswith("/") and (hidden or not _base_name(m.path).startswith("."))
+    ]
+    infos = [info for info in infos if not (is_local(info.path) and os.path.isdir(info.path))]
+    if not infos:
+        folder = is_local(pattern) and os.path.isdir(pattern)
+        hint = f"it is a folder, write '{join(pattern, '*')}'" if folder else "check the path"
+        raise InputError(f"No file matches {pattern!r}: {hint}")
+    return infos
+
+
+def _base_name(path: str) -> str:
+    return path.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def checksum(path: str) -> str:
+    """Identifies a file's content.
+
+    Returns:
+        The 128-bit BLAKE2b hex digest of a local file; elsewhere the checksum the file system
+        keeps.
+    """
+    if not is_local(path):
+        return FileSystems.checksum(path)
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def open_read(path: str) -> BinaryIO:
+    """Opens a file for reading its raw bytes, never decompressed whatever its suffix."""
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Yields a local path of the file: its own, or that of a copy which is removed at exit.
+
+    The copy keeps the base name, since Keras looks at suffixes.
+    """
+    if is_local(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, _base_name(path))
+        download(path, local)
+        yield local
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[BinaryIO]:
+    """Yields a binary handle whose bytes appear under `path` all at once, at a normal exit.
+
+    Until then they lie in a hidden file beside it, which an exception removes. A file that was at
+    `path` is replaced; missing folders are made.
+    """
+    folder, name = FileSystems.split(path)
+    temporary = join(folder, f".{name[:150]}.{uuid.uuid4().hex}.tmp")
+    handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
+    try:
+        with contextlib.closing(handle):
+            yield handle
+        _replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to see
+            remove([temporary])
+        raise
+
+
+def upload(local: str, path: str) -> None:
+    """Copies a local file to `path`, atomically."""
+    with open(local, "rb") as source, atomic_write(path) as target:
+        shutil.copyfileobj(source, target, _CHUNK)
+
+
+def download(path: str, local: str) -> None:
+    """Copies a file to a local path."""
+    with open_read(path) as source, open(local, "wb") as target:
+        shutil.copyfileobj(source, target, _CHUNK)
+
+
+def _replace(source: str, target: str) -> None:
+    if is_local(target):
+        os.replace(source, target)
+        return
+    try:
+        FileSystems.rename([source], [target])
+    except BeamIOError:
+        # Some file systems (HDFS) do not rename over a file.
+        if not (exists(source) and exists(target)):
+            raise
+        FileSystems.delete([target])
+        FileSystems.rename([source], [target])
+
+
+def remove(paths: Iterable[str]) -> None:
+    """Deletes files, ignoring those that are missing. Never deletes a local directory."""
+    for path in paths:
+        if is_local(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+        elif exists(path):
+            FileSystems.delete([path])
+
+
+def read_json(path: str) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        InputError: the file is not JSON.
+    """
+    with open_read(path) as handle:
+        return parse_json(handle.read(), path)
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Parses JSON that came from `where`, which an `InputError` names if it is not JSON."""
+    try:
+        return json.loads(content)
+    except ValueError as error:  # also UnicodeDecodeError
+        raise InputError(f"{where} is not valid JSON ({error}): mend or remove it") from error
+
+
+def write_json(path: str, obj: Any) -> None:
+    """Writes a JSON file atomically."""
+    with atomic_write(path) as handle:
+        handle.write((json.dumps(obj, indent=1) + "\n").encode())

@@ -1,0 +1,1 @@
+"""Per-example gradients of a Keras model and their projections. No Beam in here."""

@@ -1,0 +1,311 @@
+"""One forward and one backward pass that give each example's gradient of each weight.
+
+The model runs once over the batch with every layer that has a rule recorded: its input, and its
+output before a fused activation. One backward pass to those outputs, of the summed per-example
+losses, then gives every example's output gradients of every layer at once, and the layers' rules
+turn them into weight gradients.
+
+The weights are arguments, not state: each variable's value is put in its place by a
+`keras.StatelessScope`. So one traced function serves every checkpoint, from several threads at
+a time. Inside a recorded call the layer's own weights do not pass gradients on. If the loss still
+has a gradient with respect to a weight, then that weight was used elsewhere (in a layer without
+a rule, tied to another layer, in a loop), and the rules do not give all of its gradient: such
+weights go through `vectorised`, which runs the whole model for each example separately.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+from tracin_beam import nests
+from tracin_beam.gradients import forms
+from tracin_beam.gradients.forms import Form
+from tracin_beam.gradients.rules import Rule, rule_for
+
+# (features, label, sample_weight) -> [B] quantities to be differentiated, and anything else.
+Forward = Callable[[Any, Any, Any], tuple[tf.Tensor, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A trainable weight of the model.
+
+    Attributes:
+      path: its layer's place in the model and its name, the same in every process.
+      variable: the Keras variable.
+      layer: the layer that owns it.
+    """
+
+    path: str
+    variable: keras.Variable
+    layer: keras.layers.Layer
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in self.variable.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """What one forward and backward pass gave.
+
+    Attributes:
+      quantity: float32 [B], the per-example quantity that was differentiated.
+      auxiliary: what else the forward function returned.
+      gradients: by index of the weight; a weight that the quantity does not depend on is absent.
+      general: indices of the weights that took the general way.
+    """
+
+    quantity: tf.Tensor
+    auxiliary: Any
+    gradients: dict[int, Form]
+    general: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Call:
+    layer: keras.layers.Layer
+    rule: Rule
+    inputs: tf.Tensor
+    outputs: tf.Tensor
+
+
+def recordable(weights: Sequence[Weight], run: Callable[[], Any]) -> list[keras.layers.Layer]:
+    """The layers of these weights that have a rule and see the examples along their first axis.
+
+    Whether they do is seen from their inputs when the model runs on one example. The batch size
+    alone would not tell: of a layer that sees the time first, as many steps may be given as the
+    batch has examples.
+
+    Args:
+      weights: weights of a built model.
+      run: runs the model, eagerly, on a batch of one.
+    """
+    layers = [layer for layer in _layers(weights) if rule_for(layer) is not None]
+    others: set[int] = set()
+
+    def watched(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not tf.is_tensor(inputs) or inputs.shape[:1] != [1]:
+                others.add(id(layer))
+            return call(inputs, *args, **kwargs)
+
+        return wrapper
+
+    with _replaced_calls(layers, watched):
+        run()
+    return [layer for layer in layers if id(layer) not in others]
+
+
+def per_example_gradients(
+    forward: Forward,
+    variables: Sequence[keras.Variable],
+    values: Sequence[tf.Tensor],
+    weights: Sequence[Weight],
+    layers: Sequence[keras.layers.Layer],
+    features: Any,
+    label: Any,
+    sample_weight: Any,
+) -> Captured:
+    """∂quantity_b/∂w for every example b of the batch and every weight w.
+
+    To be called while tracing a `tf.function` whose inputs have a static batch size.
+
+    Args:
+      forward: (features, label, sample_weight) -> (quantity [B], auxiliary), running the model.
+      variables: all variables of the model.
+      values: their values, in the same order.
+      weights: the trainable weights that are wanted.
+      layers: those of their layers that may take their rules, from `recordable`.
+      features, label, sample_weight: the batch, as the task's parse gave it.
+    """
+    value_of = {id(v): tf.convert_to_tensor(x) for v, x in zip(variables, values, strict=True)}
+    mapping = [(v, value_of[id(v)]) for v in variables]
+    sources = [value_of[id(w.variable)] for w in weights]
+    index = {id(w.variable): i for i, w in enumerate(weights)}
+    batch_size = tf.nest.flatten(features)[0].shape[0]
+
+    tape = tf.GradientTape(watch_accessed_variables=False)
+    with keras.StatelessScope(mapping), tape:
+        for source in sources:
+            tape.watch(source)
+        with _recording(layers, tape, value_of, batch_size) as calls:
+            quantity, auxiliary = forward(features, label, sample_weight)
+        total = tf.reduce_sum(quantity)
+    outer, rest = _split(
+        tape.gradient(total, [[call.outputs for call in calls], sources]), len(calls)
+    )
+    general = {i for i, gradient in enumerate(rest) if gradient is not None}
+
+    found: dict[int, list[Form]] = {}
+    with keras.StatelessScope(mapping):
+        for call, gradient in zip(calls, outer, strict=True):
+            if gradient is None:
+                continue
+            try:
+                contributions = call.rule(call.layer, call.inputs, gradient)
+            except NotImplementedError:
+                contributions = []
+            for variable, form in contributions:
+                if id(variable) in index:
+                    found.setdefault(index[id(variable)], []).append(form)
+            covered = {id(variable) for variable, _ in contributions}
+            general |= {
+                index[id(v)]
+                for v in call.layer._trainable_variables
+                if id(v) in index and id(v) not in covered
+            }
+    gradients = {
+        i: forms.add(found[i], weights[i].shape) for i in sorted(found) if i not in general
+    }
+    if general:
+        order = sorted(general)
+        slow = vectorised(
+            forward, mapping, [weights[i] for i in order], features, label, sample_weight
+        )
+        gradients.update(zip(order, slow, strict=True))
+    return Captured(quantity, auxiliary, gradients, tuple(sorted(general)))
+
+
+def vectorised(
+    forward: Forward,
+    mapping: Sequence[tuple[keras.Variable, tf.Tensor]],
+    weights: Sequence[Weight],
+    features: Any,
+    label: Any,
+    sample_weight: Any,
+) -> list[forms.Full]:
+    """The general way: the whole model and its gradient for each example as a batch of one.
+
+    `tf.vectorized_map` turns the loop over examples into batched operations. Models that contain
+    loops of their own, as recurrent layers do, take `tf.map_fn`: of them it makes something that
+    is no faster and takes many times longer to trace. So do those that it gives up on.
+    """
+    value_of = {id(v): x for v, x in mapping}
+
+    structure = (features, label, sample_weight)
+
+    def one(example: list[tf.Tensor]) -> list[tf.Tensor]:
+        single = nests.repack(structure, [tf.expand_dims(x, 0) for x in example])
+        sources = [tf.identity(value_of[id(w.variable)]) for w in weights]
+        replaced = {id(w.variable): s for w, s in zip(weights, sources, strict=True)}
+        with (
+            keras.StatelessScope([(v, replaced.get(id(v), x)) for v, x in mapping]),
+            tf.GradientTape(watch_accessed_variables=False) as tape,
+        ):
+            for source in sources:
+                tape.watch(source)
+            quantity, _ = forward(*single)
+            total = tf.reduce_sum(quantity)
+        gradients = tape.gradient(total, sources, unconnected_gradients="zero")
+        return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in gradients]
+
+    batch = nests.present(structure)
+    stacked = None
+    if not _has_loops(one, batch):
+        with contextlib.suppress(Exception):  # its converters fail in many ways, while tracing
+            stacked = tf.vectorized_map(one, batch)
+    if stacked is None:
+        signature = [tf.TensorSpec(w.shape, tf.float32) for w in weights]
+        stacked = tf.map_fn(one, batch, fn_output_signature=signature)
+    return [
+        forms.full(tf.ensure_shape(g, [None, *w.shape]))
+        for g, w in zip(stacked, weights, strict=True)
+    ]
+
+
+def _has_loops(one: Callable[[list[tf.Tensor]], Any], batch: Sequence[tf.Tensor]) -> bool:
+    signature = [[tf.TensorSpec(x.shape[1:], x.dtype) for x in batch]]
+    traced = tf.function(one, input_signature=signature, autograph=False)
+    graph = traced.get_concrete_function().graph.as_graph_def()
+    nodes = [graph.node, *(function.node_def for function in graph.library.function)]
+    return any(node.op in ("While", "StatelessWhile") for part in nodes for node in part)
+
+
+@contextlib.contextmanager
+def _recording(
+    layers: Sequence[keras.layers.Layer],
+    tape: tf.GradientTape,
+    value_of: dict[int, tf.Tensor],
+    batch_size: int,
+) -> Iterator[list[_Call]]:
+    """Records the calls of these layers, which have a rule, while the model is being traced."""
+    calls: list[_Call] = []
+    graph = tf.compat.v1.get_default_graph()
+
+    def recorded(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        rule = rule_for(layer)
+        assert rule is not None
+
+        def wrapper(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            # In a loop's body or a nested function a tensor is not the whole batch's.
+            if tf.compat.v1.get_default_graph() is not graph or not tf.is_tensor(inputs):
+                return call(inputs, *args, **kwargs)
+            if inputs.shape[:1] != [batch_size]:
+                return call(inputs, *args, **kwargs)
+            scope = get_stateless_scope()
+            current = [(v, scope.get_current_value(v)) for v in layer.variables]
+            # A weight that the model has overwritten is a function of other weights.
+            if any(value is not value_of[id(v)] for v, value in current if v.trainable):
+                return call(inputs, *args, **kwargs)
+            own = [(v, tf.stop_gradient(value)) for v, value in current]
+            with keras.StatelessScope(own), _without_activation(layer) as activation:
+                outputs = call(inputs, *args, **kwargs)
+            tape.watch(outputs)
+            calls.append(_Call(layer, rule, inputs, outputs))
+            return outputs if activation is None else activation(outputs)
+
+        return wrapper
+
+    with _replaced_calls(layers, recorded):
+        yield calls
+
+
+@contextlib.contextmanager
+def _replaced_calls(
+    layers: Sequence[keras.layers.Layer],
+    replacement: Callable[[Any, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Replaces `call` on the instances: the model must belong to the caller alone."""
+    replaced = []
+    try:
+        for layer in layers:
+            object.__setattr__(layer, "call", replacement(layer, layer.call))
+            replaced.append(layer)
+        yield
+    finally:
+        for layer in replaced:
+            object.__delattr__(layer, "call")
+
+
+def _layers(weights: Sequence[Weight]) -> list[keras.layers.Layer]:
+    return list({id(w.layer): w.layer for w in weights}.values())
+
+
+@contextlib.contextmanager
+def _without_activation(layer: Any) -> Iterator[Callable[[tf.Tensor], tf.Tensor] | None]:
+    activation = getattr(layer, "activation", None)
+    if activation is None:
+        yield None
+        return
+    object.__setattr__(layer, "activation", None)
+    try:
+        yield activation
+    finally:
+        object.__setattr__(layer, "activation", activation)
+
+
+def _split(gradients: Any, count: int) -> tuple[list[Any], list[Any]]:
+    outer, rest = gradients
+    assert len(outer) == count
+    return list(outer), list(rest)

@@ -1,0 +1,508 @@
+"""A task's model made ready to give projected per-example gradients, batch by batch."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.utils.naming import to_snake_case
+
+from tracin_beam import checkpoints, losses, nests
+from tracin_beam.errors import InputError
+from tracin_beam.gradients import capture, forms, projections
+from tracin_beam.gradients.capture import Weight
+from tracin_beam.gradients.forms import Form
+from tracin_beam.task import Task, in_keras_thread
+
+# Checkpoints' weights kept in memory for each process.
+_VALUES_BYTES = 2 << 30
+# What a batch's gradients may take when they have to be written out.
+_GRADIENT_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What determines an embedding, besides task and checkpoint.
+
+    Attributes:
+      layers: "all", "last", or a regular expression searched for in the weights' paths.
+      projection: name of a registered projection.
+      dim: length of an embedding; projection "none" ignores it.
+      seed: of the projection.
+      batch_size: examples computed at a time; 0 chooses by the model's size.
+    """
+
+    layers: str = "all"
+    projection: str = "countsketch"
+    dim: int = 1024
+    seed: int = 0
+    batch_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Parsed examples.
+
+    Attributes:
+      features, label, sample_weight: as the task's parse gave them, [n, ...]; None if not given.
+      ids: object array [n] of bytes, or None when parse gives no id.
+    """
+
+    features: Any
+    label: Any
+    sample_weight: Any
+    ids: np.ndarray | None
+
+    @property
+    def size(self) -> int:
+        return int(tf.nest.flatten(self.features)[0].shape[0])
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Batch":
+        """The examples at these indices."""
+        index = tf.constant(np.asarray(indices, np.int64))
+        features, label, weight = nests.map_present(
+            lambda x: tf.gather(x, index), (self.features, self.label, self.sample_weight)
+        )
+        ids = None if self.ids is None else self.ids[np.asarray(indices)]
+        return Batch(features, label, weight, ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """What is computed of n examples at a checkpoint; NaN or infinite where it is not a number.
+
+    Attributes:
+      embedding: float32 [n, dim], S ∇ℓ.
+      squared_norm: float32 [n], ‖∇ℓ‖², exact.
+      loss, label, prediction: float32 [n]; label and prediction are NaN where they are no number.
+    """
+
+    embedding: np.ndarray
+    squared_norm: np.ndarray
+    loss: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """Gradients of up to batch_size examples, ready for exact inner products.
+
+    Attributes:
+      size: how many there are.
+      gradients: flat list of the tensors of their forms.
+    """
+
+    size: int
+    gradients: list[tf.Tensor]
+
+
+class Parser:
+    """A task's parse, traced once.
+
+    Raises, when called, whatever TensorFlow raises on records that do not parse.
+    """
+
+    def __init__(self, task: Task) -> None:
+        signature = [tf.TensorSpec([None], tf.string)]
+        self._function = tf.function(task.parse, input_signature=signature)
+        try:
+            self._spec = in_keras_thread(
+                lambda: self._function.get_concrete_function().structured_outputs
+            )
+        except Exception as error:
+            raise InputError(
+                f"Task.parse cannot be traced for serialised records, tf.string [B]: {error}"
+            ) from error
+        if not isinstance(self._spec, Mapping) or self._spec.get("features") is None:
+            raise InputError('Task.parse must return a dict with "features" (and "label").')
+        unknown = set(self._spec) - {"id", "features", "label", "sample_weight"}
+        if unknown:
+            raise InputError(
+                f"Task.parse returns {sorted(unknown)}, which nothing takes; "
+                'it may return "id", "features", "label" and "sample_weight".'
+            )
+
+    @property
+    def gives_ids(self) -> bool:
+        return self._spec.get("id") is not None
+
+    @property
+    def spec(self) -> tuple[Any, Any, Any]:
+        """`tf.TensorSpec`s of features, label and sample_weight, as far as they are known."""
+        return tuple(self._spec.get(key) for key in ("features", "label", "sample_weight"))
+
+    def __call__(self, records: Sequence[bytes]) -> Batch:
+        parsed = self._function(tf.constant(list(records), tf.string))
+        for x in tf.nest.flatten(dict(parsed)):
+            if x is not None and (x.shape.rank == 0 or x.shape[0] != len(records)):
+                raise ValueError(
+                    f"parse gave a tensor of shape {x.shape} for {len(records)} records; "
+                    "the first axis must be the record"
+                )
+        ids = parsed.get("id")
+        if ids is not None:
+            ids = tf.reshape(ids if ids.dtype == tf.string else tf.as_string(ids), [-1]).numpy()
+        return Batch(
+            parsed["features"], parsed.get("label"), parsed.get("sample_weight"), ids
+        )
+
+
+class Engine:
+    """Per-example gradients of a task's model, for any of its checkpoints.
+
+    Safe to use from several threads at once: weights are arguments of the traced functions, of
+    which there is one of each kind whatever the batches' sizes.
+
+    Args:
+      task: the task.
+      config: what to compute.
+      parser: the task's parser; its spec fixes the shapes that functions are traced for.
+      example: a batch of at least one example, to build the model with.
+    """
+
+    def __init__(self, task: Task, config: EngineConfig, parser: Parser, example: Batch) -> None:
+        self.task = task
+        self.config = config
+        self._lock = threading.Lock()
+        self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._query_structure: dict[str, list[tuple[int, Form]]] = {}
+        self._cache: collections.OrderedDict[str, list[tf.Tensor]] = collections.OrderedDict()
+        in_keras_thread(lambda: self._build(parser, example))
+
+    def _build(self, parser: Parser, example: Batch) -> None:
+        self.model = self.task.model()
+        if not isinstance(self.model, keras.Model):
+            raise InputError(f"Task.model returned a {type(self.model).__name__}, not a model.")
+        self.model(example.take([0]).features, training=False)
+        self.weights = select_weights(self.model, self.config.layers)
+        self._recordable = capture.recordable(
+            self.weights, lambda: self.model(example.take([0]).features, training=False)
+        )
+        self.specs = [projections.WeightSpec(w.path, w.shape) for w in self.weights]
+        self.projection = projections.make(
+            self.config.projection, self.config.dim, self.config.seed, self.specs
+        )
+        self.dim = self.projection.dim
+        parameters = sum(spec.size for spec in self.specs)
+        fitting = _GRADIENT_BYTES // (4 * parameters)
+        self.batch_size = self.config.batch_size or min(256, max(4, 1 << fitting.bit_length() >> 1))
+        structure = (example.features, example.label, example.sample_weight)
+        self._structure = structure
+        self._flat_spec = [
+            _batch_spec(spec, x, self.batch_size)
+            for spec, x in zip(tf.nest.flatten(parser.spec), tf.nest.flatten(structure), strict=True)
+            if x is not None
+        ]
+        self._values_spec = [tf.TensorSpec(v.shape, v.dtype) for v in self.model.variables]
+
+    def values(self, path: str) -> list[tf.Tensor]:
+        """The weights in a checkpoint file, in the order of `model.variables`.
+
+        Raises:
+          InputError: the file is missing, broken, or of another architecture.
+        """
+        with self._lock:
+            if path not in self._cache:
+                self._cache[path] = in_keras_thread(lambda: self._load(path))
+                size = sum(x.shape.num_elements() * x.dtype.size for x in self._cache[path])
+                while len(self._cache) > 1 and len(self._cache) * size > _VALUES_BYTES:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(path)
+            return self._cache[path]
+
+    def _load(self, path: str) -> list[tf.Tensor]:
+        checkpoints.load_weights(self.model, path)
+        return [tf.identity(tf.convert_to_tensor(v.value)) for v in self.model.variables]
+
+    def embed(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> Embedded:
+        """Embeds the examples of a batch of any size.
+
+        Raises:
+          tf.errors.OpError: an example that the model or the loss cannot take.
+        """
+        function = self._function("embed", target)
+        parts = [
+            [x.numpy()[: part.size] for x in function(values, self._padded(part))]
+            for part in self._parts(batch)
+        ]
+        return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def queries(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> Queries:
+        """Gradients of at most batch_size examples, for `scores`."""
+        if batch.size > self.batch_size:
+            raise ValueError(f"{batch.size} queries; at most {self.batch_size} at a time")
+        function = self._function("queries", target)
+        return Queries(batch.size, list(function(values, self._padded(batch))))
+
+    def scores(
+        self, values: list[tf.Tensor], batch: Batch, queries: Queries, target: str = "loss"
+    ) -> np.ndarray:
+        """Exact ⟨∇ℓ(w, z), ∇t(w, z')⟩ of every example z of the batch and query z'.
+
+        Args:
+          values: the same checkpoint's as the queries'.
+          batch: examples, any number.
+          queries: from `queries`.
+          target: what the queries differentiated.
+
+        Returns:
+          float32 [n, queries.size].
+        """
+        self._function("queries", target)
+        function = self._function("scores", target)
+        parts = [
+            function(values, self._padded(part), queries.gradients).numpy()
+            [: part.size, : queries.size]
+            for part in self._parts(batch)
+        ]
+        return np.concatenate(parts)
+
+    def trace_counts(self) -> dict[tuple[str, str], int]:
+        """How often each traced function was traced, by (kind, target)."""
+        return {key: f.experimental_get_tracing_count() for key, f in self._functions.items()}
+
+    def query_bytes(self, target: str = "loss") -> int:
+        """Memory that one `Queries` takes, in bytes, positions of unknown number counted as 128."""
+        self._function("queries", target)
+        return sum(
+            math.prod(n or 128 for n in spec.shape) * 4 for spec in self._query_specs(target)
+        )
+
+    def verify(self, values: list[tf.Tensor], batch: Batch, tolerance: float = 1e-3) -> None:
+        """Checks this engine's gradients against plain `tf.GradientTape`, one example at a time.
+
+        Raises:
+          InputError: they differ: the model does something that its rules do not know of.
+        """
+        batch = batch.take(range(min(batch.size, 2)))
+        got = self.embed(values, batch)
+        for i in range(batch.size):
+            expected = in_keras_thread(lambda i=i: self._plain(values, batch.take([i])))
+            norm = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in expected)
+            if not math.isclose(got.squared_norm[i], norm, rel_tol=tolerance, abs_tol=1e-12):
+                if not (math.isfinite(norm) and math.isfinite(got.squared_norm[i])):
+                    continue
+                raise InputError(
+                    f"example {i}: ‖∇ℓ‖² is {got.squared_norm[i]:.6g} by the fast way and "
+                    f"{norm:.6g} by tf.GradientTape. Does the model mix the examples of a batch?"
+                )
+
+    def _plain(self, values: list[tf.Tensor], example: Batch) -> list[np.ndarray]:
+        mapping = list(zip(self.model.variables, values, strict=True))
+        index = {id(v): i for i, (v, _) in enumerate(mapping)}
+        sources = [values[index[id(w.variable)]] for w in self.weights]
+        with keras.StatelessScope(mapping), tf.GradientTape() as tape:
+            tape.watch(sources)
+            quantity, _ = self._forward("loss")(
+                example.features, example.label, example.sample_weight
+            )
+            total = tf.reduce_sum(quantity)
+        gradients = tape.gradient(total, sources, unconnected_gradients="zero")
+        return [tf.convert_to_tensor(g).numpy() for g in gradients]
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        if batch.size <= self.batch_size:
+            yield batch
+            return
+        for start in range(0, batch.size, self.batch_size):
+            yield batch.take(range(start, min(start + self.batch_size, batch.size)))
+
+    def _padded(self, batch: Batch) -> list[tf.Tensor]:
+        index = np.minimum(np.arange(self.batch_size), batch.size - 1)
+        flat = nests.present((batch.features, batch.label, batch.sample_weight))
+        if batch.size == self.batch_size:
+            return flat
+        return [tf.gather(x, index) for x in flat]
+
+    def _function(self, kind: str, target: str) -> Callable[..., Any]:
+        key = (kind, target)
+        with self._lock:
+            if key not in self._functions:
+                self._functions[key] = in_keras_thread(lambda: self._trace(kind, target))
+            return self._functions[key]
+
+    def _trace(self, kind: str, target: str) -> Callable[..., Any]:
+        signature = [self._values_spec, self._flat_spec]
+        body = {"embed": self._embed, "queries": self._queries, "scores": self._scores}[kind]
+        if kind == "scores":
+            signature.append(self._query_specs(target))
+        function = tf.function(
+            lambda *args: body(target, *args), input_signature=signature, autograph=False
+        )
+        with self._explained():
+            function.get_concrete_function()
+        return function
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model or the loss does not take what parse gives: {error}"
+            ) from error
+
+    def _forward(self, target: str) -> capture.Forward:
+        quantity = losses.target_quantity(target, self.task.loss)
+        loss = losses.per_example_loss(self.task.loss)
+
+        def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
+            output = self.model(features, training=False)
+            value = quantity(label, output, sample_weight)
+            if target == "loss":
+                plain = value
+            elif label is None:
+                plain = tf.fill([tf.shape(value)[0]], float("nan"))
+            else:
+                plain = loss(label, output, sample_weight)
+            classifier = losses.is_classifier(self.task.loss, label, output)
+            if self.task.predict is not None:
+                prediction = tf.cast(self.task.predict(output), tf.float32)
+            else:
+                prediction = losses.predictions(output, label, classifier)
+            return value, (plain, losses.labels(label, output, classifier), prediction)
+
+        return forward
+
+    def _gradients(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> capture.Captured:
+        captured = capture.per_example_gradients(
+            self._forward(target),
+            self.model.variables,
+            values,
+            self.weights,
+            self._recordable,
+            *nests.repack(self._structure, flat),
+        )
+        if not captured.gradients:
+            raise InputError(f"the {target} does not depend on any weight of {self.config.layers=}")
+        return captured
+
+    def _embed(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> tuple[tf.Tensor, ...]:
+        captured = self._gradients(target, values, flat)
+        self.general = captured.general
+        embedding = self.projection(
+            [(self.specs[i], form) for i, form in captured.gradients.items()]
+        )
+        norms = [forms.squared_norm(form) for form in captured.gradients.values()]
+        loss, label, prediction = captured.auxiliary
+        return embedding, tf.add_n(norms), loss, label, prediction
+
+    def _ready(self, captured: capture.Captured) -> list[tuple[int, Form]]:
+        return [
+            (i, forms.for_dot(form, self.specs[i].shape))
+            for i, form in captured.gradients.items()
+        ]
+
+    def _queries(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> list[tf.Tensor]:
+        ready = self._ready(self._gradients(target, values, flat))
+        self._query_structure[target] = ready
+        return tf.nest.flatten([form for _, form in ready])
+
+    def _query_specs(self, target: str) -> list[tf.TensorSpec]:
+        ready = self._query_structure[target]
+        return [
+            tf.TensorSpec(x.shape, x.dtype) for x in tf.nest.flatten([form for _, form in ready])
+        ]
+
+    def _scores(
+        self,
+        target: str,
+        values: Sequence[tf.Tensor],
+        flat: Sequence[tf.Tensor],
+        queries: Sequence[tf.Tensor],
+    ) -> tf.Tensor:
+        structure = self._query_structure[target]
+        packed = tf.nest.pack_sequence_as([form for _, form in structure], list(queries))
+        others = {i: form for (i, _), form in zip(structure, packed, strict=True)}
+        own = self._ready(self._gradients("loss", values, flat))
+        products = [forms.dot(form, others[i]) for i, form in own if i in others]
+        return tf.add_n(products)
+
+
+def _batch_spec(spec: tf.TensorSpec, example: tf.Tensor, batch_size: int) -> tf.TensorSpec:
+    """The shape that parse states; axes that it leaves open stay so, but for the last one."""
+    known = spec.shape.as_list() if spec.shape.rank is not None else [None] * example.shape.rank
+    shape = [batch_size, *known[1:]]
+    if len(shape) > 2 and shape[-1] is None:
+        shape[-1] = example.shape[-1]
+    return tf.TensorSpec(shape, example.dtype)
+
+
+def select_weights(model: keras.Model, layers: str) -> list[Weight]:
+    """The trainable weights of the chosen layers, with names that are the same in every process.
+
+    A path is made of the layers' names from the model down, "encoder/dense_1/kernel". Where Keras
+    made the name up, counting all layers of that type in the process, they are counted again
+    within their parent.
+
+    Args:
+      model: a built model.
+      layers: "all"; "last", the layer that owns the last trainable weight; or a regular
+        expression searched for in the paths.
+
+    Raises:
+      InputError: no trainable weight is chosen, or the expression is none.
+    """
+    trainable = {id(v): v for v in model.trainable_variables}
+    found: dict[int, Weight] = {}
+    seen: set[int] = set()
+
+    def visit(layer: keras.layers.Layer, prefix: str) -> None:
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        counts: collections.Counter[str] = collections.Counter()
+        for variable in layer._trainable_variables:
+            if id(variable) in trainable and id(variable) not in found:
+                name = _numbered(re.sub(r"_\d+$", "", variable.name), counts)
+                found[id(variable)] = Weight(prefix + name, variable, layer)
+        counts = collections.Counter()
+        for child in layer._layers:
+            name = child.name
+            automatic = to_snake_case(type(child).__name__)
+            made_up = re.fullmatch(rf"((?:forward_|backward_)?{re.escape(automatic)})(_\d+)?", name)
+            if made_up:
+                name = _numbered(made_up[1], counts)
+            visit(child, f"{prefix}{name}/")
+
+    visit(model, "")
+    for i, (key, variable) in enumerate(trainable.items()):
+        found.setdefault(key, Weight(f"{i}/{variable.name}", variable, model))
+    ordered = [found[key] for key in trainable]
+    if not ordered:
+        raise InputError("the model has no trainable weight; is it frozen?")
+    if layers == "all":
+        return ordered
+    if layers == "last":
+        return [w for w in ordered if w.layer is ordered[-1].layer]
+    try:
+        chosen = [w for w in ordered if re.search(layers, w.path)]
+    except re.error as error:
+        raise InputError(f"--layers={layers} is not a regular expression: {error}") from None
+    if not chosen:
+        raise InputError(
+            f"--layers={layers} matches none of the trainable weights: "
+            + ", ".join(w.path for w in ordered)
+        )
+    return chosen
+
+
+def _numbered(name: str, counts: collections.Counter[str]) -> str:
+    counts[name] += 1
+    return name if counts[name] == 1 else f"{name}_{counts[name] - 1}"

@@ -1,0 +1,335 @@
+"""Random projections of gradients, linear maps S with E[⟨Su, Sv⟩] = ⟨u, v⟩.
+
+Each weight of the model has a map of its own, drawn from the seed, the weight's path and its
+shape alone, and the projections of all weights are added up into one vector of `dim` numbers.
+Maps of different weights are independent, so the sum is unbiased for the inner product of whole
+gradients, and spends its `dim` numbers where the gradient's energy is.
+
+To add a projection, write a class with a `__call__` like those here and put `@projection("name")`
+on it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from tracin_beam.errors import InputError
+from tracin_beam.gradients import forms
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """What a projection's randomness depends on, besides the seed."""
+
+    path: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Projection(Protocol):
+    """Projects the gradients of a batch.
+
+    Attributes:
+      dim: length of the projected vectors.
+    """
+
+    dim: int
+
+    def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
+        """float32 [B, dim], the sum of the weights' projections."""
+
+
+Factory = Callable[[int, int, Sequence[WeightSpec]], Projection]
+
+_PROJECTIONS: dict[str, Factory] = {}
+
+
+def projection(name: str) -> Callable[[Factory], Factory]:
+    """Registers a class, called with (dim, seed, specs of all weights), under this name."""
+
+    def register(factory: Factory) -> Factory:
+        _PROJECTIONS[name] = factory
+        return factory
+
+    return register
+
+
+def make(name: str, dim: int, seed: int, weights: Sequence[WeightSpec]) -> Projection:
+    """The projection of this name for a model with these weights."""
+    if name not in _PROJECTIONS:
+        raise InputError(f"--projection={name} is not known; take one of {', '.join(names())}.")
+    return _PROJECTIONS[name](dim, seed, weights)
+
+
+def names() -> list[str]:
+    """Names of the registered projections."""
+    return sorted(_PROJECTIONS)
+
+
+def random_signs(count: int, seed: int, spec: WeightSpec, role: str) -> np.ndarray:
+    """float32 [count] of ±1, the same on every machine."""
+    bits = hashlib.shake_256(_key(seed, spec, role)).digest((count + 7) // 8)
+    return 1.0 - 2.0 * np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(np.float32)
+
+
+def _key(seed: int, spec: WeightSpec, role: str) -> bytes:
+    shape = "x".join(map(str, spec.shape))
+    return f"{seed}\0{spec.path}\0{shape}\0{role}".encode()
+
+
+@projection("countsketch")
+class CountSketch:
+    """CountSketch, and TensorSketch where the gradient is an outer product.
+
+    The entry (i, j) of a gradient G of shape [m, n] is added, with sign s(i) s'(j), to the
+    entry h(i) + h'(j) mod dim (Charikar, Chen and Farach-Colton, ICALP 2002; for outer products
+    Pham and Pagh, KDD 2013). The signs are random; the places need not be, for the estimate to
+    be unbiased: h(i) = i on the wider side, and h'(j) = q·j on the narrower, with q the largest
+    that lets them all fit.
+
+    For one outer product a ⊗ g the sketch is the circular convolution of those of a and g,
+    computed by FFT, and the sketches of all such weights are added up as spectra, so that one
+    inverse FFT is enough. As h' leaves q − 1 zeros between entries, the spectrum of g's sketch is
+    that of a vector q times shorter, repeated.
+    """
+
+    def __init__(self, dim: int, seed: int, weights: Sequence[WeightSpec]) -> None:
+        del weights
+        self.dim = dim
+        self._seed = seed
+
+    def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
+        sketches, spectra = [], []
+        for spec, form in gradients:
+            match form:
+                case Outer() if _few_positions(form, self.dim):
+                    spectra.append(self._outer_spectrum(spec, form))
+                case Rows():
+                    sketches.append(self._rows(spec, form))
+                case _:
+                    sketches.append(self._full(spec, form))
+        if spectra:
+            sketches.append(tf.signal.irfft(tf.add_n(spectra), [self.dim]))
+        return tf.add_n(sketches)
+
+    def _matrix(self, spec: WeightSpec, form: Form) -> "_Matrix":
+        if isinstance(form, Outer):
+            m, n = form.left.shape[-1], form.right.shape[-1]
+        elif len(spec.shape) > 1:
+            m, n = spec.size // spec.shape[-1], spec.shape[-1]
+        else:
+            m, n = spec.size, 1
+        return _Matrix(self.dim, self._seed, spec, m, n)
+
+    def _outer_spectrum(self, spec: WeightSpec, form: Outer) -> tf.Tensor:
+        matrix = self._matrix(spec, form)
+        left = _spectrum(form.left * matrix.row_signs, matrix.row_step, self.dim)
+        right = _spectrum(form.right * matrix.column_signs, matrix.column_step, self.dim)
+        return tf.reduce_sum(left * right, axis=1)
+
+    def _full(self, spec: WeightSpec, form: Form) -> tf.Tensor:
+        matrix = self._matrix(spec, form)
+        signs = np.outer(matrix.row_signs, matrix.column_signs).reshape(-1)
+        value = forms.materialise(form, spec.shape) * signs
+        places = matrix.row_places[:, None] + matrix.column_places[None, :]
+        summed = tf.math.unsorted_segment_sum(
+            tf.transpose(value), places.reshape(-1) % self.dim, self.dim
+        )
+        return tf.transpose(summed)
+
+    def _rows(self, spec: WeightSpec, form: Rows) -> tf.Tensor:
+        matrix = self._matrix(spec, form)
+        ids = tf.cast(form.ids, tf.int64)
+        signs = tf.gather(tf.constant(matrix.row_signs), ids)
+        value = form.rows * matrix.column_signs * signs[..., None]
+        places = (ids * matrix.row_step)[..., None] + matrix.column_places
+        batch = tf.shape(ids, out_type=tf.int64)[0]
+        places = places % self.dim + (tf.range(batch) * self.dim)[:, None, None]
+        summed = tf.math.unsorted_segment_sum(
+            tf.reshape(value, [-1]), tf.reshape(places, [-1]), batch * self.dim
+        )
+        return tf.reshape(summed, [-1, self.dim])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """The hash functions of one weight, seen as a matrix [m, n]."""
+
+    dim: int
+    seed: int
+    spec: WeightSpec
+    m: int
+    n: int
+
+    @property
+    def row_step(self) -> int:
+        return _stride(self.m, self.dim) if self.m < self.n else 1
+
+    @property
+    def column_step(self) -> int:
+        return _stride(self.n, self.dim) if self.m >= self.n else 1
+
+    @functools.cached_property
+    def row_signs(self) -> np.ndarray:
+        return random_signs(self.m, self.seed, self.spec, "rows")
+
+    @functools.cached_property
+    def column_signs(self) -> np.ndarray:
+        return random_signs(self.n, self.seed, self.spec, "columns")
+
+    @property
+    def row_places(self) -> np.ndarray:
+        return np.arange(self.m, dtype=np.int64) * self.row_step
+
+    @property
+    def column_places(self) -> np.ndarray:
+        return np.arange(self.n, dtype=np.int64) * self.column_step
+
+
+def _stride(length: int, dim: int) -> int:
+    """The largest divisor q of dim for which length places, q apart, fit into dim."""
+    return next((q for q in range(dim // length, 0, -1) if dim % q == 0), 1)
+
+
+def _spectrum(x: tf.Tensor, step: int, dim: int) -> tf.Tensor:
+    """Spectrum of the sketch with places step·i mod dim: [B, P, m] to complex64 [B, P, dim//2+1]."""
+    short = dim // step
+    length = x.shape[-1]
+    folds = -(-length // short)
+    x = tf.pad(x, [[0, 0], [0, 0], [0, folds * short - length]])
+    if folds > 1:
+        batch, positions = tf.shape(x)[0], tf.shape(x)[1]
+        x = tf.reduce_sum(tf.reshape(x, [batch, positions, folds, short]), axis=2)
+    if step == 1:
+        return tf.signal.rfft(x)
+    spectrum = tf.signal.fft(tf.cast(x, tf.complex64))
+    bins = dim // 2 + 1
+    return tf.tile(spectrum, [1, 1, -(-bins // short)])[..., :bins]
+
+
+def _few_positions(form: Outer, dim: int) -> bool:
+    # Written out, the gradient costs P·m·n multiplications and some passes over m·n numbers.
+    positions = form.left.shape[1]
+    if positions is None:
+        return False
+    m, n = form.left.shape[-1], form.right.shape[-1]
+    return bool(positions * dim <= m * n)
+
+
+@projection("kronecker")
+class Kronecker:
+    """Two-sided Gaussian projection A G B of each gradient matrix G to k × l, k·l = dim.
+
+    What LoGra (Choe et al., 2024, arXiv 2405.13954) and others do, with the layers added up
+    instead of concatenated. Cheap, but the variance is that of two projections to k and l
+    dimensions: a relative error of √((1 + 2/k)(1 + 2/l) − 1) for gradients of rank one.
+    """
+
+    def __init__(self, dim: int, seed: int, weights: Sequence[WeightSpec]) -> None:
+        del weights
+        self.dim = dim
+        self._seed = seed
+        self._k = next(k for k in range(math.isqrt(dim), 0, -1) if dim % k == 0)
+
+    def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
+        return tf.add_n([self._one(spec, form) for spec, form in gradients])
+
+    def _one(self, spec: WeightSpec, form: Form) -> tf.Tensor:
+        k, l = self._k, self.dim // self._k
+        if isinstance(form, Outer):
+            a = self._gaussian(spec, "rows", form.left.shape[-1], k)
+            b = self._gaussian(spec, "columns", form.right.shape[-1], l)
+            left, right = tf.tensordot(form.left, a, 1), tf.tensordot(form.right, b, 1)
+            projected = tf.matmul(left, right, transpose_a=True)
+        elif isinstance(form, Rows):
+            # Rows of A by id, so that the vocabulary is never multiplied through.
+            a = self._gaussian(spec, "rows", spec.shape[0], k)
+            b = self._gaussian(spec, "columns", spec.shape[1], l)
+            left, right = tf.gather(a, form.ids), tf.tensordot(form.rows, b, 1)
+            projected = tf.matmul(left, right, transpose_a=True)
+        else:
+            value = forms.materialise(form, spec.shape)
+            if len(spec.shape) < 2:
+                return tf.matmul(value, self._gaussian(spec, "whole", spec.size, self.dim))
+            n = spec.shape[-1]
+            a = self._gaussian(spec, "rows", spec.size // n, k)
+            b = self._gaussian(spec, "columns", n, l)
+            matrix = tf.reshape(value, [-1, spec.size // n, n])
+            projected = tf.einsum("bmn,mk,nl->bkl", matrix, a, b)
+        return tf.reshape(projected, [-1, self.dim])
+
+    def _gaussian(self, spec: WeightSpec, role: str, rows: int, columns: int) -> tf.Tensor:
+        return _gaussian_block(self._seed, spec, role, rows, columns, 0) / math.sqrt(columns)
+
+
+@projection("gaussian")
+class Gaussian:
+    """A dense matrix of independent N(0, 1/dim) entries; the yardstick, and slow.
+
+    The matrix has as many rows as the model has weights and is drawn anew, in blocks, for each
+    batch, since it would seldom fit in memory.
+    """
+
+    _BLOCK = 4096
+
+    def __init__(self, dim: int, seed: int, weights: Sequence[WeightSpec]) -> None:
+        del weights
+        self.dim = dim
+        self._seed = seed
+
+    def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
+        return tf.add_n([self._one(spec, form) for spec, form in gradients])
+
+    def _one(self, spec: WeightSpec, form: Form) -> tf.Tensor:
+        value = forms.materialise(form, spec.shape)
+        blocks = -(-spec.size // self._BLOCK)
+        value = tf.pad(value, [[0, 0], [0, blocks * self._BLOCK - spec.size]])
+
+        def add(i: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            block = _gaussian_block(self._seed, spec, "whole", self._BLOCK, self.dim, i)
+            part = value[:, i * self._BLOCK : (i + 1) * self._BLOCK]
+            return i + 1, total + tf.matmul(part, block)
+
+        start = tf.zeros([tf.shape(value)[0], self.dim])
+        shapes = [tf.TensorShape([]), tf.TensorShape([None, self.dim])]
+        _, total = tf.while_loop(
+            lambda i, _: i < blocks, add, [tf.constant(0), start], shape_invariants=shapes
+        )
+        return total / math.sqrt(self.dim)
+
+
+def _gaussian_block(
+    seed: int, spec: WeightSpec, role: str, rows: int, columns: int, block: int | tf.Tensor
+) -> tf.Tensor:
+    # Philox by name: left to itself TensorFlow picks a generator by device.
+    digest = hashlib.blake2b(_key(seed, spec, role), digest_size=4).digest()
+    key = int.from_bytes(digest, "little", signed=True)
+    return tf.random.stateless_normal(
+        [rows, columns], tf.stack([tf.constant(key), tf.cast(block, tf.int32)]), alg="philox"
+    )
+
+
+@projection("none")
+class Whole:
+    """The gradient itself, all weights concatenated; dim is the number of weights."""
+
+    def __init__(self, dim: int, seed: int, weights: Sequence[WeightSpec]) -> None:
+        del dim, seed
+        self._weights = list(weights)
+        self.dim = sum(spec.size for spec in weights)
+
+    def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
+        given = {spec: forms.materialise(form, spec.shape) for spec, form in gradients}
+        batch = tf.shape(next(iter(given.values())))[0]
+        parts = [given.get(spec, tf.zeros([batch, spec.size])) for spec in self._weights]
+        return tf.concat(parts, axis=1)

@@ -1,0 +1,1 @@
+"""Tables to pages for people: static HTML that needs no network, and text for a terminal."""

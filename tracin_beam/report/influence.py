@@ -1,0 +1,110 @@
+"""The influence table as one static HTML page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+
+from tracin_beam.report import view
+from tracin_beam.report.show import Shown
+
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("tracin_beam.report"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """One checkpoint's share of a score, in units of a drawing whose y runs from 0 down to 20."""
+
+    x: int
+    y: float
+    height: float
+    zero: float
+    positive: bool
+
+
+def influence_page(
+    rows: pa.Table,
+    shown: Mapping[tuple[str, int], Shown],
+    run: Mapping[str, Any],
+    *,
+    label_names: Sequence[str] | None = None,
+    max_tests: int = 30,
+) -> str:
+    """Makes the page: every test example with the training examples that influenced it most.
+
+    Args:
+        rows: the influence table.
+        shown: what to show of an example, by (shard, position); `view.places_shown` says which ones
+            the page has room for. Of any other example it shows the id alone.
+        run: what run.json holds. Whatever is missing or null is left out of the page.
+        label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
+        max_tests: how many test examples to show; wrong predictions come first.
+
+    Returns:
+        A whole HTML document that refers to nothing outside itself.
+    """
+    tests = view.explanations(rows, label_names=label_names, max_tests=max_tests)
+    influences = [one for test in tests for one in test.proponents + test.opponents]
+    config = run.get("config") or {}
+    return _PAGES.get_template("influence.html").render(
+        tests=tests,
+        tests_in_table=view.count_tests(rows),
+        any_wrong=any(test.wrong for test in tests),
+        any_bars=any(len(one.by_checkpoint) > 1 for one in influences),
+        any_differs=any(one.label_differs for one in influences),
+        exact=view.is_exact(rows),
+        target=view.printable(config.get("target") or "loss"),
+        facts=view.run_facts(run),
+        config={view.printable(k): view.printable(v) for k, v in config.items() if v is not None},
+        versions=", ".join(
+            f"{view.printable(k)} {view.printable(v)}"
+            for k, v in (run.get("versions") or {}).items()
+        ),
+        shown=shown,
+        number=view.number,
+        bars=_bars,
+        by_checkpoint=lambda influence: _by_checkpoint(influence, run.get("checkpoints") or []),
+        is_pictures=lambda influences: any(
+            (it := shown.get(influence.place)) is not None and it.kind == "image"
+            for influence in influences
+        ),
+    )
+
+
+def _bars(influence: view.Influence, influences: Sequence[view.Influence]) -> list[_Bar]:
+    """Bars for one score, to one scale for all `influences`; none for a single checkpoint."""
+    if len(influence.by_checkpoint) < 2:
+        return []
+    shares = [share for one in influences for share in one.by_checkpoint]
+    highest, lowest = max(0.0, *shares), min(0.0, *shares)
+    unit = 20 / (highest - lowest or 1.0)
+    return [
+        _Bar(
+            x=5 * checkpoint,
+            y=round(unit * (highest - max(share, 0.0)), 2),
+            height=round(unit * abs(share), 2),
+            zero=round(unit * highest, 2),
+            positive=share >= 0,
+        )
+        for checkpoint, share in enumerate(influence.by_checkpoint)
+    ]
+
+
+def _by_checkpoint(influence: view.Influence, checkpoints: Sequence[Mapping[str, Any]]) -> str:
+    """The bars in words: "step 100: +1.25, step 200: +0.3102"."""
+    steps = [checkpoint.get("step") for checkpoint in checkpoints]
+    if len(steps) != len(influence.by_checkpoint) or None in steps:
+        steps = []
+    return ", ".join(
+        (f"step {steps[index]:,}" if steps else f"checkpoint {index + 1}")
+        + f": {view.number(share, sign=True)}"
+        for index, share in enumerate(influence.by_checkpoint)
+    )
