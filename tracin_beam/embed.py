@@ -1,8 +1,10 @@
 """Shards × checkpoints → embedding files."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,8 +14,8 @@ from apache_beam.metrics import Metrics
 
 from tracin_beam import embeddings, files, records, runs
 from tracin_beam.embeddings import Embeddings
-from tracin_beam.errors import InputError
-from tracin_beam.runs import Output, ShardResult, Unit, UnitResult
+from tracin_beam.errors import InputError, reason
+from tracin_beam.runs import CheckpointFile, Output, ShardResult, Unit, UnitResult
 from tracin_beam.workers import EngineSource, Loaded
 
 _log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ T = TypeVar("T")
 
 def embed_records(
     loaded: Loaded,
-    values: Any,
+    checkpoint: CheckpointFile,
     target: str,
     shard_name: str,
     source: Iterable[records.Record | records.BadRecord],
@@ -32,7 +34,7 @@ def embed_records(
 
     Args:
       loaded: task and engine.
-      values: the checkpoint's weights.
+      checkpoint: whose weights to take.
       target: what to differentiate.
       shard_name: for the ids of examples that bring none.
       source: the records, and what could not be read.
@@ -46,8 +48,8 @@ def embed_records(
         rejected += refused
         rows = None
         if batch is not None:
-            rows, refused = _embed_batch(loaded, values, target, shard_name, batch, kept)
-            rejected += refused
+            rows, refused = _embed_batch(loaded, checkpoint, target, shard_name, batch, kept)
+            rejected += [(place, f"{why} at step {checkpoint.step}") for place, why in refused]
         yield rows, sorted(rejected)
 
 
@@ -63,14 +65,20 @@ def parse_records(
     batch, good, refused = without_failing(
         lambda some: loaded.parse([record.data for record in some]), waiting
     )
-    rejected = [(record.position, f"parse failed: {reason}") for record, reason in refused]
+    rejected = [(record.position, f"parse failed: {why}") for record, why in refused]
     return batch, [record.position for record in good], rejected
 
 
 def _embed_batch(
-    loaded: Loaded, values: Any, target: str, shard_name: str, batch: Any, positions: list[int]
+    loaded: Loaded,
+    checkpoint: CheckpointFile,
+    target: str,
+    shard_name: str,
+    batch: Any,
+    positions: list[int],
 ) -> tuple[Embeddings | None, list[tuple[int, str]]]:
     engine = loaded.engine
+    values = engine.values(checkpoint.path)
     everything = list(range(batch.size))
     result, kept, refused = without_failing(
         lambda some: engine.embed(
@@ -78,7 +86,7 @@ def _embed_batch(
         ),
         everything,
     )
-    rejected = [(positions[i], f"the model or the loss fails: {reason}") for i, reason in refused]
+    rejected = [(positions[i], f"the model or the loss fails: {why}") for i, why in refused]
     if result is None:
         return None, rejected
     if rejected:
@@ -143,7 +151,31 @@ def without_failing(
         refused = _failing(attempt, items, error)
     bad = {id(item) for item, _ in refused}
     kept = [item for item in items if id(item) not in bad]
-    return (attempt(kept) if kept else None), kept, refused
+    if not kept:
+        return None, kept, refused
+    try:
+        return attempt(kept), kept, refused
+    except Exception as error:  # each goes by itself, as those of different shapes do
+        together = _largest_group(attempt, kept)
+        others = {id(item) for item in kept} - {id(item) for item in together}
+        why = f"it does not go with the others of its batch: {reason(error)}"
+        refused += [(item, why) for item in kept if id(item) in others]
+        return (attempt(together) if together else None), together, refused
+
+
+def _largest_group(attempt: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> list[Any]:
+    """The items that go together with one of the first three, whichever has most of them."""
+    largest: list[Any] = []
+    for first in items[:3]:
+        group = [first]
+        for item in items:
+            if item is not first:
+                with contextlib.suppress(Exception):  # as above
+                    attempt([*group, item])
+                    group.append(item)
+        if len(group) > max(1, len(largest)):
+            largest = group
+    return largest
 
 
 def _failing(
@@ -151,7 +183,7 @@ def _failing(
 ) -> list[tuple[Any, str]]:
     """The items behind an error, found by halving, each with its own."""
     if len(items) == 1:
-        return [(items[0], _reason(error))]
+        return [(items[0], reason(error))]
     found = []
     for half in (items[: len(items) // 2], items[len(items) // 2 :]):
         try:
@@ -161,23 +193,13 @@ def _failing(
     return found
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error that says something, without TensorFlow's graph nodes."""
-    message = getattr(error, "message", None) or str(error)
-    lines = [line.strip() for line in message.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("Detected at node", "File "))]
-    says = next((x for x in lines if not x.endswith("root error(s) found.")), type(error).__name__)
-    says = says.removeprefix("(0) ").split("[[{{node")[0].strip()
-    return f"{type(error).__name__}: {says}"[:500]
-
-
 def embed_unit(output: Output, source: EngineSource, unit: Unit, max_rejected: float) -> UnitResult:
-    """Writes a unit's embedding file, unless it is there with the same fingerprint."""
-    done = runs.read_unit(output, unit)
-    if done is not None:
-        return done
+    """Writes a unit's embedding file, and then its mark.
+
+    Raises:
+      InputError: too many of the first records cannot be used, which rejected/ then tells of.
+    """
     loaded = source.get()
-    values = loaded.engine.values(unit.checkpoint.path)
     path = output.unit(unit)
     read = 0
     rejected: list[tuple[int, str]] = []
@@ -193,12 +215,14 @@ def embed_unit(output: Output, source: EngineSource, unit: Unit, max_rejected: f
     with files.atomic_write(path) as handle:
         writer = embeddings.EmbeddingWriter(handle)
         for rows, refused in embed_records(
-            loaded, values, unit.target, unit.shard.name, counted()
+            loaded, unit.checkpoint, unit.target, unit.shard.name, counted()
         ):
             if rows is not None:
                 writer.write(rows)
             rejected += refused
             if len(rejected) > max(1000, max_rejected * read):
+                partly = ShardResult(unit.set_name, unit.shard, read, tuple(rejected))
+                _write_rejected(partly, output)
                 raise too_many(unit.set_name, unit.shard.path, read, rejected)
     result = UnitResult(unit, read, tuple(rejected))
     runs.write_unit(output, result)
@@ -209,32 +233,33 @@ def too_many(
     set_name: str, where: str, read: int, rejected: Sequence[tuple[int, str]]
 ) -> InputError:
     """The error of a run that could not use too many of its records."""
-    position, reason = rejected[0]
+    position, why = rejected[0]
     return InputError(
         f"{len(rejected)} of {read} records of the {set_name} set could not be used, more than "
-        f"--max_rejected allows. The first is record {position} of {where}: {reason}"
+        f"--max_rejected allows. The first is record {position} of {where}: {why}"
     )
 
 
 class EmbedUnit(beam.DoFn):
     """Unit → UnitResult."""
 
-    def __init__(
-        self, output: Output, source: EngineSource, total: int, max_rejected: float
-    ) -> None:
+    def __init__(self, output: Output, source: EngineSource, max_rejected: float) -> None:
         self._output = output
         self._source = source
-        self._total = total
         self._max_rejected = max_rejected
         self._read = Metrics.counter("tracin", "records_read")
         self._rejected = Metrics.counter("tracin", "records_rejected")
 
     def process(self, unit: Unit) -> Iterator[UnitResult]:
-        result = embed_unit(self._output, self._source, unit, self._max_rejected)
+        result, verb = runs.read_unit(self._output, unit), "found"
+        if result is None:
+            result = embed_unit(self._output, self._source, unit, self._max_rejected)
+            verb = "embedded"
         self._read.inc(result.read)
         self._rejected.inc(len(result.rejected))
         _log.info(
-            "embedded %s at step %d: %d of %d records",
+            "%s %s at step %d: %d of %d records",
+            verb,
             unit.shard.name,
             unit.checkpoint.step,
             result.read - len(result.rejected),
@@ -266,28 +291,30 @@ class Embed(beam.PTransform):
             pipeline
             | "Units" >> beam.Create(list(self.units), reshuffle=False)
             | "FanOut" >> beam.Reshuffle()
-            | "EmbedUnit"
-            >> beam.ParDo(
-                EmbedUnit(self.output, self.source, len(self.units), self.max_rejected)
-            )
+            | "EmbedUnit" >> beam.ParDo(EmbedUnit(self.output, self.source, self.max_rejected))
         )
-        keyed = results | "ByShard" >> beam.Map(
-            lambda r: ((r.unit.set_name, r.unit.shard.path), r)
+        shards = (
+            results
+            | "ByUnitShard" >> beam.Map(lambda r: ((r.unit.set_name, r.unit.shard.path), r))
+            | "UnitsOfShard" >> beam.GroupByKey()
+            | "Merge" >> beam.Map(lambda group: runs.merge_results(list(group[1])))
         )
-        inputs = {"results": keyed}
         if self.explicit_ids:
             last = max(unit.checkpoint.step for unit in self.units)
-            inputs["duplicates"] = (
-                results
-                | "LastCheckpoint" >> beam.Filter(lambda r: r.unit.checkpoint.step == last)
-                | "Ids" >> beam.FlatMap(_ids, self.output)
+            duplicates = (
+                shards
+                | "Ids" >> beam.FlatMap(_ids, self.output, last)
                 | "SameId" >> beam.GroupByKey()
                 | "Duplicates" >> beam.FlatMap(_duplicates)
             )
+            keyed = shards | "ByShard" >> beam.Map(lambda r: ((r.set_name, r.shard.path), r))
+            shards = (
+                {"shard": keyed, "duplicates": duplicates}
+                | "Gather" >> beam.CoGroupByKey()
+                | "Reject" >> beam.Map(_without_duplicates)
+            )
         return (
-            inputs
-            | "Gather" >> beam.CoGroupByKey()
-            | "Merge" >> beam.Map(_merge)
+            shards
             | "WriteRejected" >> beam.Map(_write_rejected, self.output)
             | "BySet" >> beam.Map(lambda r: (r.set_name, r))
             | "SetOf" >> beam.GroupByKey()
@@ -295,27 +322,29 @@ class Embed(beam.PTransform):
         )
 
 
-def _ids(result: UnitResult, output: Output) -> Iterator[tuple[Any, Any]]:
-    unit = result.unit
-    for rows in embeddings.read(output.unit(unit)):
+def _ids(result: ShardResult, output: Output, step: int) -> Iterator[tuple[Any, Any]]:
+    path = output.embeddings(result.set_name, step, result.shard)
+    for (rows,) in embeddings.read_checkpoints([path], result.excluded):
         for identity, position in zip(rows.ids, rows.position, strict=True):
-            yield (unit.set_name, identity), (unit.shard.path, int(position))
+            yield (result.set_name, identity), (result.shard.path, int(position))
 
 
 def _duplicates(group: tuple[Any, Iterable[tuple[str, int]]]) -> Iterator[tuple[Any, Any]]:
     (set_name, identity), places = group
     first, *others = sorted(places)
     for path, position in others:
-        reason = (
+        why = (
             f"duplicate id {bytes(identity).decode(errors='backslashreplace')!r}: "
             f"record {first[1]} of {first[0]} has it"
         )
-        yield (set_name, path), (position, reason)
+        yield (set_name, path), (position, why)
 
 
-def _merge(group: tuple[Any, dict[str, Iterable[Any]]]) -> ShardResult:
+def _without_duplicates(group: tuple[Any, dict[str, Iterable[Any]]]) -> ShardResult:
     _, parts = group
-    return runs.merge_results(list(parts["results"]), list(parts.get("duplicates", ())))
+    (result,) = parts["shard"]
+    rejected = sorted([*result.rejected, *parts["duplicates"]])
+    return dataclasses.replace(result, rejected=tuple(rejected))
 
 
 def _check(group: tuple[str, Iterable[ShardResult]], max_rejected: float) -> list[ShardResult]:
@@ -325,7 +354,8 @@ def _check(group: tuple[str, Iterable[ShardResult]], max_rejected: float) -> lis
     if read == 0:
         raise InputError(f"the shards of the {set_name} set are empty")
     rejected = [(r, position, why) for r in results for position, why in r.rejected]
-    if len(rejected) == read or len(rejected) > max_rejected * read:
+    # Rounded up, so that of a few records one may always be bad.
+    if len(rejected) == read or len(rejected) > math.ceil(max_rejected * read):
         first, position, why = rejected[0]
         pairs = [(position, why)] * len(rejected)
         raise too_many(set_name, first.shard.path, read, pairs)
@@ -338,7 +368,7 @@ def _write_rejected(result: ShardResult, output: Output) -> ShardResult:
         files.remove([path])
         return result
     with files.atomic_write(path) as handle:
-        for position, reason in result.rejected:
-            row = {"file": result.shard.path, "position": position, "reason": reason}
+        for position, why in result.rejected:
+            row = {"file": result.shard.path, "position": position, "reason": why}
             handle.write((json.dumps(row) + "\n").encode())
     return result

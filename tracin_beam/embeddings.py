@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tracin_beam import files, records
+from tracin_beam import records
 from tracin_beam.errors import InputError
 
 FLOATS = ("label", "prediction", "loss", "squared_norm")
@@ -100,7 +100,7 @@ _FLOAT_HEAD = _head(2, 6) + _head(1, 4)
 
 
 def _entry_head(name: str, value: bytes, more: int) -> bytes:
-    """All of a `Features.feature` entry that comes before its value, which has `more` bytes beyond."""
+    """What of a `Features.feature` entry comes before its value of len(value) + more bytes."""
     size = len(value) + more
     key = _message(1, name.encode())
     value_head = _head(2, size)
@@ -147,12 +147,15 @@ def read(path: str, rows: int = 4096) -> Iterator[Embeddings]:
 
 
 def read_at(path: str, positions: np.ndarray) -> Embeddings:
-    """A file's rows at these positions, each of which it must have."""
+    """A file's rows at these positions, each of which it must have; at least one.
+
+    Raises:
+      InputError: it lacks one, or is damaged.
+    """
     found = [part.take(np.isin(part.position, positions)) for part in read(path)]
-    rows = concatenate([part for part in found if len(part)])
-    if not np.array_equal(rows.position, np.unique(positions)):
+    if sum(map(len, found)) != len(np.unique(positions)):
         raise InputError(f"{path} lacks some examples. Delete it and run again.")
-    return rows
+    return concatenate([part for part in found if len(part)])
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
@@ -170,10 +173,10 @@ def decode(serialised: Sequence[bytes]) -> Embeddings:
     spec["id"] = spec["embedding"] = tf.io.FixedLenFeature([], tf.string)
     parsed = tf.io.parse_example(list(serialised), spec)
     return Embeddings(
-        parsed["id"].numpy(),
-        parsed["position"].numpy(),
-        *(parsed[name].numpy() for name in FLOATS),
-        tf.io.decode_raw(parsed["embedding"], tf.float32).numpy(),
+        ids=parsed["id"].numpy(),
+        position=parsed["position"].numpy(),
+        embedding=tf.io.decode_raw(parsed["embedding"], tf.float32).numpy(),
+        **{name: parsed[name].numpy() for name in FLOATS},
     )
 
 
@@ -211,4 +214,3 @@ def _without(parts: Iterator[Embeddings], excluded: np.ndarray) -> Iterator[Embe
             waiting = [rows.take(np.arange(size, len(rows)))] if len(rows) > size else []
     if waiting:
         yield concatenate(waiting)
-

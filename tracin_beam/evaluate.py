@@ -1,7 +1,7 @@
 """How good is the retrieval? Exact scores of all training examples for a sample of queries.
 
 Each training shard's exact scores, and the estimates its embeddings give, are kept in
-`influence/<test name>/evaluation/`, so that only new shards cost a pass.
+`evaluation/<test name>/`, so that only new shards cost a pass.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def shard_scores(
     sets: Sets, exact: ExactScores, result: ShardResult, queries: Sequence[Query], mark: str
 ) -> ShardScores:
     """Exact and estimated scores of a shard, computed unless they are kept under this mark."""
-    path = sets.output.influence(sets.test_name, "evaluation", result.shard.name + ".parquet")
+    path = sets.output.evaluation(sets.test_name, result.shard)
     if files.exists(path):
         kept = tables.read(path)
         if (kept.schema.metadata or {}).get(b"mark") == mark.encode():
@@ -76,18 +76,14 @@ def shard_scores(
             )
     vectors = _query_rows(sets, queries)
     positions, estimates = [], []
-    for parts in embeddings.read_checkpoints(
-        sets.files(runs.TRAIN, result.shard), result.excluded
-    ):
+    for parts in embeddings.read_checkpoints(sets.files(runs.TRAIN, result.shard), result.excluded):
         positions.append(parts[0].position)
         rows = index.rows_of(parts, sets.checkpoints)
         estimates.append(rows.astype(np.float64) @ vectors.T)
     position = np.concatenate(positions)
     column = {query: i for i, query in enumerate(queries)}
     scores = np.empty((len(position), len(queries)))
-    for query, found, values in exact.scores(
-        result.shard, {query: position for query in queries}
-    ):
+    for query, found, values in exact.scores(result.shard, dict.fromkeys(queries, position)):
         scores[np.searchsorted(position, found), column[query]] = values.sum(axis=1)
     computed = ShardScores(position, scores, np.concatenate(estimates))
     table = pa.table(

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -30,6 +31,11 @@ class FileInfo:
 def is_local(path: str) -> bool:
     """Whether `path` has no scheme, so that it lies on this machine."""
     return FileSystems.get_scheme(path) is None
+
+
+def absolute(path: str) -> str:
+    """The same for all spellings of a local path: relative, absolute, by a link."""
+    return os.path.realpath(path) if is_local(path) else path
 
 
 def join(base: str, *parts: str) -> str:
@@ -64,7 +70,9 @@ def match(pattern: str) -> list[FileInfo]:
     patterns = [part.strip() for part in pattern.split(",") if part.strip()]
     if not patterns:
         raise InputError(f"No file is named by the pattern {pattern!r}: give a path or a glob")
-    found = {info.path: info for part in patterns for info in _match_one(part)}
+    found: dict[str, FileInfo] = {}
+    for info in itertools.chain.from_iterable(map(_match_one, patterns)):
+        found.setdefault(absolute(info.path), info)
     return sorted(found.values(), key=lambda info: info.path)
 
 

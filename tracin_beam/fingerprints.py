@@ -28,6 +28,7 @@ def of_task(task: Task, engine: Engine) -> dict[str, str]:
         "projection": config.projection,
         "dim": str(engine.dim),
         "seed": str(config.seed),
+        "norms": config.norms,
     }
 
 
@@ -80,8 +81,14 @@ def _code(value: Any, depth: int = 0) -> Any:
         constants = [_code(x, depth + 1) for x in value.co_consts]
         return [value.co_code.hex(), list(value.co_names), constants]
     if isinstance(value, type):
-        return [value.__qualname__, {k: _code(v, depth + 1) for k, v in vars(value).items()
-                if not k.startswith("__") or k in ("__init__", "__call__")}]
+        return [
+            value.__qualname__,
+            {
+                k: _code(v, depth + 1)
+                for k, v in vars(value).items()
+                if not k.startswith("__") or k in ("__init__", "__call__")
+            },
+        ]
     if isinstance(value, dict):
         return {str(k): _code(v, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple | frozenset | set):
@@ -89,7 +96,7 @@ def _code(value: Any, depth: int = 0) -> Any:
         return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
     if isinstance(value, str | int | float | bool | bytes | types.NoneType):
         return repr(value)
-    if hasattr(value, "__dataclass_fields__") or type(value).__repr__ is not object.__repr__:
+    if "__repr__" in dir(type(value)) and repr(value) != object.__repr__(value):
         return re.sub(r"0x[0-9a-f]+|_\d+(?=\W)", "", repr(value))
     return type(value).__qualname__
 

@@ -21,13 +21,13 @@ import pyarrow as pa
 
 from tracin_beam import embeddings, files, runs, tables
 from tracin_beam.embeddings import Embeddings
-from tracin_beam.errors import InputError
 from tracin_beam.runs import CheckpointFile, Output, ShardResult
 
 _log = logging.getLogger(__name__)
 
 # ScaNN's own advice: below this number of rows nothing is faster than looking at all of them.
 _BRUTE_FORCE_ROWS = 20_000
+_PLAN = "plan.json"
 _MARK = "partition.json"
 _ROWS = "rows.parquet"
 _SCANN = "scann"
@@ -103,23 +103,13 @@ def _rows(results: Sequence[ShardResult]) -> int:
 
 
 def known_partitions(output: Output) -> dict[str, int]:
-    """Partition number by path of the shards that are in the index."""
-    try:
-        marks = files.match(output.path("index", "part-*", _MARK))
-    except InputError:
-        return {}
-    known = {}
-    for mark in marks:
-        stored = files.read_json(mark.path)
-        for path in stored["shards"]:
-            known[path] = stored["number"]
-    return known
+    """Partition number by path of the shards that are planned to be in the index."""
+    path = output.path("index", _PLAN)
+    return files.read_json(path) if files.exists(path) else {}
 
 
-def build(
-    output: Output, partition: Partition, checkpoints: Sequence[CheckpointFile]
-) -> Partition:
-    """Writes a partition's searcher and the shard and position of its rows, unless they are there."""
+def build(output: Output, partition: Partition, checkpoints: Sequence[CheckpointFile]) -> Partition:
+    """Writes a partition's searcher and the places of its rows, unless they are there."""
     mark = output.partition(partition.number, _MARK)
     if files.exists(mark) and files.read_json(mark)["fingerprint"] == partition.fingerprint:
         return partition
@@ -151,7 +141,6 @@ def build(
             "number": partition.number,
             "fingerprint": partition.fingerprint,
             "rows": len(matrix),
-            "shards": [result.shard.path for result in partition.shards],
             "files": names,
         },
     )
@@ -172,7 +161,7 @@ def searcher(matrix: np.ndarray) -> Any:
         builder.tree(
             num_leaves=leaves,
             num_leaves_to_search=max(1, leaves // 4),
-            training_sample_size=min(rows, 100_000),
+            training_sample_size=min(rows, 64 * leaves),
         )
         .score_ah(2, anisotropic_quantization_threshold=0.2)
         .reorder(1000)
@@ -226,9 +215,7 @@ def loaded(output: Output, partition: Partition) -> Iterator[Searcher]:
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             for name in names:
-                files.download(
-                    output.partition(number, _SCANN, name), os.path.join(folder, name)
-                )
+                files.download(output.partition(number, _SCANN, name), os.path.join(folder, name))
         yield Searcher(
             shard.dictionary.to_pylist(),
             shard.indices.to_numpy(),
@@ -278,7 +265,9 @@ class Index(beam.PTransform):
         partitions = plan(results, self.units, self.index_rows, known)
         kept = {partition.number for partition in partitions}
         # A partition that has lost its last shard must not be taken for a living one.
-        files.remove(
-            self.output.partition(number, _MARK) for number in set(known.values()) - kept
-        )
+        files.remove(self.output.partition(number, _MARK) for number in set(known.values()) - kept)
+        # Written before anything is built, so that a run that is killed goes on with the same plan.
+        numbers = {r.shard.path: part.number for part in partitions for r in part.shards}
+        if numbers != known:
+            files.write_json(self.output.path("index", _PLAN), numbers)
         return partitions

@@ -35,6 +35,9 @@ _CHUNK_BYTES = 256 << 20
 # Query gradients kept for the next shard.
 _QUERY_CACHE_BYTES = 512 << 20
 _SEARCH_QUERIES = 1024
+# Up to so many pairs of a training and a test example, all are scored exactly: that costs little
+# more than the candidates would, which are then most of the training set.
+_ALL_PAIRS = 2_000_000
 
 
 class Scored(NamedTuple):
@@ -297,8 +300,12 @@ class Rescore(beam.DoFn):
             self._exact = ExactScores(self._sets)
         by_query: dict[Query, dict[str, np.ndarray]] = {}
         for (query, role), positions in asked:
-            by_query.setdefault(query, {})[role] = positions
-        wanted = {query: np.unique(np.concatenate(list(r.values()))) for query, r in by_query.items()}
+            roles = by_query.setdefault(query, {})
+            roles[role] = np.union1d(roles.get(role, positions), positions)
+        wanted = {
+            query: np.unique(np.concatenate(list(roles.values())))
+            for query, roles in by_query.items()
+        }
         for query, positions, scores in self._exact.scores(self._sets.train[number], wanted):
             scored = Scored(
                 np.full(len(positions), number, np.int32), positions, scores.sum(axis=1), scores
@@ -331,9 +338,8 @@ class Estimate(beam.DoFn):
             by_shard.setdefault(key[0][0], []).append((key, positions))
         for test, group_of_shard in by_shard.items():
             places = np.unique([key[0][1] for key, _ in group_of_shard])
-            queries = [
-                embeddings.read_at(path, places).embedding for path in sets.files(sets.test_name, sets.test[test])
-            ]
+            paths = sets.files(sets.test_name, sets.test[test])
+            queries = [embeddings.read_at(path, places).embedding for path in paths]
             for (query, role), positions in group_of_shard:
                 at = np.searchsorted(needed, positions)
                 column = int(np.searchsorted(places, query[1]))
@@ -358,6 +364,22 @@ def by_train_shard(pair: tuple[Key, Scored]) -> Iterator[tuple[int, tuple[Key, n
     key, scored = pair
     for number in np.unique(scored.shard):
         yield int(number), (key, np.sort(scored.position[scored.shard == number]))
+
+
+def all_pairs(
+    result: ShardResult, train: Sequence[ShardResult], tests: Sequence[ShardResult], sets: Sets
+) -> Iterator[tuple[int, tuple[Key, np.ndarray]]]:
+    """Every pair of a training shard's examples and a query, unless there are too many."""
+    pairs = sum(r.used for r in train) * sum(r.used for r in tests)
+    if pairs > _ALL_PAIRS or not result.used:
+        return
+    number = [shard.path for shard in sets.train].index(result.shard.path)
+    positions = np.setdiff1d(np.arange(result.read), result.excluded)
+    for test in tests:
+        test_number = [shard.path for shard in sets.test].index(test.shard.path)
+        for position in np.setdiff1d(np.arange(test.read), test.excluded):
+            for role in ROLES:
+                yield number, (((test_number, int(position)), role), positions)
 
 
 class DescribeTrain(beam.DoFn):
@@ -414,9 +436,7 @@ class WriteTable(beam.DoFn):
         self._sets = sets
         self._exact = exact
 
-    def process(
-        self, group: tuple[int, Iterable[dict[str, Any]]]
-    ) -> Iterator[str]:
+    def process(self, group: tuple[int, Iterable[dict[str, Any]]]) -> Iterator[str]:
         number, parts = group
         sets = self._sets
         shard = sets.test[number]
@@ -442,12 +462,15 @@ class WriteTable(beam.DoFn):
 
 @dataclasses.dataclass
 class Influence(beam.PTransform):
-    """Test ShardResults and Partitions → "paths" of the tables, "best" as ((query, role), Scored).
+    """ShardResults and Partitions → "paths" of the tables, "best" as ((query, role), Scored).
+
+    The inputs are "train" and "tests", ShardResults, and "partitions".
 
     Attributes:
       sets: what is joined.
       top_k: rows per query and role.
-      rescore: candidates per query and role to be scored exactly; 0 for estimates.
+      rescore: candidates per query and role to be scored exactly, more where all pairs are few;
+        0 for estimates.
     """
 
     sets: Sets
@@ -462,12 +485,20 @@ class Influence(beam.PTransform):
             | "Search" >> beam.ParDo(Search(self.sets, self.rescore or self.top_k), tests)
             | "Candidates" >> TopPerQuery(self.rescore or self.top_k)
             | "ByTrainShard" >> beam.FlatMap(by_train_shard)
-            | "Places" >> beam.GroupByKey()
         )
         if self.rescore:
-            scored = candidates | "Rescore" >> beam.ParDo(Rescore(self.sets, self.top_k))
+            every_pair = inputs["train"] | "AllPairs" >> beam.FlatMap(
+                all_pairs, beam.pvalue.AsList(inputs["train"]), tests, self.sets
+            )
+            scored = (
+                (candidates, every_pair)
+                | beam.Flatten()
+                | "Places" >> beam.GroupByKey()
+                | "Rescore" >> beam.ParDo(Rescore(self.sets, self.top_k))
+            )
         else:
-            scored = candidates | "Estimate" >> beam.ParDo(Estimate(self.sets), tests)
+            places = candidates | "Places" >> beam.GroupByKey()
+            scored = places | "Estimate" >> beam.ParDo(Estimate(self.sets), tests)
         best = scored | "Best" >> TopPerQuery(self.top_k)
         rows = (
             best
@@ -476,9 +507,9 @@ class Influence(beam.PTransform):
             | "DescribeTrain" >> beam.ParDo(DescribeTrain(self.sets))
         )
         # A shard without any usable example has a table too, an empty one.
-        every = inputs["tests"] | "EveryTestShard" >> beam.FlatMap(_nothing, self.sets)
+        every_shard = inputs["tests"] | "EveryTestShard" >> beam.FlatMap(_nothing, self.sets)
         paths = (
-            {"rows": rows, "every": every}
+            {"rows": rows, "every": every_shard}
             | "TestRows" >> beam.CoGroupByKey()
             | "AllRows" >> beam.Map(lambda pair: (pair[0], pair[1]["rows"]))
             | "WriteTable" >> beam.ParDo(WriteTable(self.sets, self.rescore > 0))

@@ -4,6 +4,7 @@ All that can be wrong with the input is looked for before the graph is made: the
 the checkpoints loaded, and some records go through the whole computation once.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -12,8 +13,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -21,15 +22,17 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from tracin_beam import files, options, runs
 from tracin_beam._version import __version__
 from tracin_beam.checkpoints import read_checkpoints
-from tracin_beam.errors import InputError
+from tracin_beam.errors import InputError, reason
 from tracin_beam.options import Config
 from tracin_beam.runs import TRAIN, CheckpointFile, Output, Shard, ShardResult, Unit
-from tracin_beam.task import load_task
+from tracin_beam.task import Task, load_task
 
 _log = logging.getLogger(__name__)
 
-# Records that are tried before a run.
+# Records that are tried together before a run, and how many of each set at most, should they all
+# be unusable.
 _PILOT = 64
+_MOST_TRIED = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,23 +88,28 @@ def prepare(config: Config, *, with_test: bool) -> Run:
     sets = earlier.get("sets", {})
     train = _shards(config.train, TRAIN, "train", sets)
     test = _shards(config.test, config.test_name, "test", sets) if with_test and config.test else ()
-    both = {shard.path for shard in train} & {shard.path for shard in test}
+    both = {files.absolute(s.path) for s in train} & {files.absolute(s.path) for s in test}
     if both:
         raise InputError(f"--train and --test both name {sorted(both)[0]}")
 
     source, fingerprint, explicit_ids = _try_out(config, checkpoints, train, test)
-    changed = runs.changes(earlier.get("fingerprint", fingerprint), fingerprint)
+    changed = stale = runs.changes(earlier.get("fingerprint", fingerprint), fingerprint)
     target = sets.get(config.test_name, {}).get("target", config.target)
     if test and target != config.target:
-        changed.append(
+        changed = [
+            *stale,
             f"target of the test set {config.test_name!r} ({target} → {config.target}; "
-            "another --test_name keeps both)"
-        )
+            "another --test_name keeps both)",
+        ]
     if changed and not config.overwrite:
         raise InputError(
             f"{config.output} holds results of another run; what changed: {', '.join(changed)}. "
             "Choose another --output, or --overwrite the results that are there."
         )
+    if stale:
+        runs.clear(output)
+        earlier, sets = {}, {}
+    sides = ((TRAIN, train, "loss"), (config.test_name, test, config.target))
     units = tuple(
         Unit(
             name,
@@ -112,7 +120,7 @@ def prepare(config: Config, *, with_test: bool) -> Run:
                 [fingerprint, target, shard.path, shard.name, shard.identity, checkpoint.identity]
             ),
         )
-        for name, shards, target in ((TRAIN, train, "loss"), (config.test_name, test, config.target))
+        for name, shards, target in sides
         for shard, checkpoint in itertools.product(shards, checkpoints)
     )
     run = Run(
@@ -127,13 +135,23 @@ def prepare(config: Config, *, with_test: bool) -> Run:
         fingerprint,
         started,
     )
-    described = {TRAIN: {"shards": {s.path: s.name for s in train}}}
+    described: dict[str, Any] = {TRAIN: {"shards": {s.path: s.name for s in train}}}
     if test:
         described[config.test_name] = {
             "shards": {s.path: s.name for s in test},
             "target": config.target,
         }
-    _write_run(run, earlier, {"sets": {**sets, **described}})
+    gone = [
+        output.rejected(name, Shard(path, shard, ""))
+        for name in described
+        for path, shard in sets.get(name, {}).get("shards", {}).items()
+        if path not in described[name]["shards"]
+    ]
+    try:
+        files.remove(gone)
+        _write_run(run, earlier, {"sets": {**sets, **described}})
+    except OSError as error:
+        raise InputError(f"--output={config.output} cannot be written to: {error}") from error
     return run
 
 
@@ -153,7 +171,7 @@ def _try_out(
     """Loads everything once and runs some records through it."""
     task, task_source = load_task(config.task)
 
-    from tracin_beam import embed, fingerprints, records, workers
+    from tracin_beam import fingerprints, workers
     from tracin_beam.gradients import projections
     from tracin_beam.gradients.engine import EngineConfig, Parser
 
@@ -163,61 +181,80 @@ def _try_out(
             f"take one of {', '.join(projections.names())}."
         )
     parser = Parser(task)
-    pilots: dict[str, list[records.Record]] = {}
-    for flag, shards in (("train", train), ("test", test)):
-        found = [
-            record
-            for record in itertools.islice(
-                (r for shard in shards for r in records.read_records(shard.path)), _PILOT
-            )
-            if isinstance(record, records.Record)
-        ]
-        if shards and not found:
-            raise InputError(f"--{flag}: no readable record in {shards[0].path} or the others")
-        pilots[flag] = found
-    sample, reason = _first_parsed(parser, pilots["train"])
-    if sample is None:
-        raise InputError(
-            f"--train: none of the first {len(pilots['train'])} records of {train[0].path} can be "
-            f"parsed by Task.parse: {reason}"
-        )
     engine_config = EngineConfig(
-        config.layers, config.projection, config.dim, config.seed, config.batch_size
+        config.layers, config.projection, config.dim, config.seed, config.batch_size, config.norms
     )
-    loaded = workers.load(task, engine_config, sample)
+    sample, loaded = _load(task, parser, engine_config, train)
     # Only now, as building the model may have imported more of the user's modules.
     source = workers.EngineSource(task_source(), engine_config, sample)
     workers.adopt(source, loaded)
     for checkpoint in checkpoints:
-        values = loaded.engine.values(checkpoint.path)
-    for flag, target in (("train", "loss"), ("test", config.target)):
-        if not pilots[flag]:
-            continue
-        path = (train if flag == "train" else test)[0].path
-        usable = 0
-        reasons: list[tuple[int, str]] = []
-        for rows, rejected in embed.embed_records(loaded, values, target, path, pilots[flag]):
-            usable += 0 if rows is None else len(rows)
-            reasons += rejected
-        if not usable:
-            raise InputError(
-                f"--{flag}: none of the first {len(pilots[flag])} records of {path} can be used. "
-                f"The first: {reasons[0][1]}"
-            )
-    good, _, _ = embed.parse_records(loaded, pilots["train"])
-    loaded.engine.verify(values, good)
+        usable = _try(loaded, checkpoint, "loss", "train", train)
+        if test:
+            _try(loaded, checkpoint, config.target, "test", test)
+    batch = parser([record.data for record in usable])
+    try:
+        loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
+    except InputError as error:
+        _log.warning("%s. Each example will be computed by itself, which is slower.", error)
+        source = dataclasses.replace(source, config=dataclasses.replace(engine_config, rules=False))
+        loaded = workers.load(task, parser, source.config, sample)
+        workers.adopt(source, loaded)
+        loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
     return source, fingerprints.of_task(task, loaded.engine), parser.gives_ids
 
 
-def _first_parsed(parser: Callable[[Sequence[bytes]], Any], pilot: Iterable[Any]) -> Any:
-    reason = "there are none"
-    for record in pilot:
+def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -> tuple[bytes, Any]:
+    """The engine, built for the first record that parses and that the model takes."""
+    from tracin_beam import records, workers
+
+    tried, failures, first = 0, 0, ""
+    every = (record for shard in train for record in records.read_records(shard.path))
+    for record in itertools.islice(every, _MOST_TRIED):
+        tried += 1
         try:
+            if isinstance(record, records.BadRecord):
+                raise ValueError(record.reason)
             parser([record.data])
-            return record.data, ""
         except Exception as error:  # whatever the user's parse raises
-            reason = str(error).splitlines()[0]
-    return None, reason
+            first = first or reason(error)
+            continue
+        try:
+            return record.data, workers.load(task, parser, engine_config, record.data)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the user's model raises
+            failures += 1
+            if failures == 3:
+                raise InputError(f"the model fails on what parse gives: {reason(error)}") from error
+    if not tried:
+        raise InputError(f"--train: {train[0].path} and all other shards are empty")
+    raise InputError(
+        f"--train: none of the first {tried} records can be parsed. "
+        f"The first of {train[0].path}: {first}"
+    )
+
+
+def _try(
+    loaded: Any, checkpoint: CheckpointFile, target: str, flag: str, shards: Sequence[Shard]
+) -> list[Any]:
+    """Some of the first records that can be used at a checkpoint; an InputError if none can."""
+    from tracin_beam import embed, records
+
+    tried, first = 0, ""
+    for shard in shards:
+        found = records.read_records(shard.path)
+        while tried < _MOST_TRIED and (some := list(itertools.islice(found, _PILOT))):
+            tried += len(some)
+            for rows, rejected in embed.embed_records(loaded, checkpoint, target, shard.name, some):
+                if rows is not None:
+                    usable = set(rows.position.tolist())
+                    return [record for record in some if record.position in usable]
+                position, why = rejected[0]
+                first = first or f"The first is record {position} of {shard.path}: {why}"
+    if not tried:
+        raise InputError(f"--{flag}: {shards[0].path} and all other shards are empty")
+    raise InputError(f"--{flag}: none of the first {tried} records can be used. {first}")
 
 
 def _write_run(run: Run, earlier: dict[str, Any], news: dict[str, Any]) -> None:
@@ -300,7 +337,7 @@ def influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
         run.checkpoints,
         run.source,
     )
-    joined = {"tests": tests, "partitions": partitions} | "Join" >> Influence(
+    joined = {"train": train, "tests": tests, "partitions": partitions} | "Join" >> Influence(
         sets, config.top_k, config.rescore
     )
     quality = None
@@ -324,6 +361,7 @@ def influence_fingerprint(run: Run) -> str:
             config.recall_queries,
             config.report_examples,
             config.max_rejected,
+            run.source.get().task.label_names,
         ]
     )
 
@@ -386,14 +424,19 @@ def finish(
 
         write_influence_report(run, runs.read_run(run.output))
         done = run.output.influence(run.config.test_name, "done.json")
-        files.write_json(done, {"fingerprint": influence_fingerprint(run)})
+        files.write_json(
+            done, {"fingerprint": influence_fingerprint(run), "quality": news["quality"]}
+        )
 
 
 def _is_done(run: Run) -> bool:
-    folder = (run.config.test_name, "done.json")
-    done = run.output.influence(*folder)
-    if not files.exists(done) or files.read_json(done)["fingerprint"] != influence_fingerprint(run):
+    """Whether the influence tables are there already; then run.json is made to tell of them."""
+    path = run.output.influence(run.config.test_name, "done.json")
+    done = files.read_json(path) if files.exists(path) else {}
+    earlier = runs.read_run(run.output)
+    if done.get("fingerprint") != influence_fingerprint(run) or "counts" not in earlier:
         return False
+    _write_run(run, earlier, {"quality": done["quality"]})
     names = [runs.numbered("influence", i, len(run.test)) for i in range(len(run.test))]
     every = [*names, "report.html"]
     return all(files.exists(run.output.influence(run.config.test_name, n)) for n in every)
@@ -427,8 +470,10 @@ def main(stage: str, about: str, argv: Sequence[str] | None = None) -> int:
                 "self_influence": self_influence_graph,
             }[stage]
             _execute(graph, run, beam_options)
-    except InputError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        from tracin_beam.report.view import printable
+
+        print(f"{prog}: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
         return 2
     print(_summary(stage, run))
     return 0
@@ -438,16 +483,18 @@ def _execute(
     graph: Callable[[beam.Pipeline, Run], None], run: Run, beam_options: PipelineOptions
 ) -> None:
     try:
-        with beam.Pipeline(options=beam_options) as pipeline:
+        quiet: Any = _WithoutOurTraces(sys.stderr)
+        with contextlib.redirect_stderr(quiet), beam.Pipeline(options=beam_options) as pipeline:
             graph(pipeline, run)
     except InputError:
         raise
     except Exception as error:
         # Of a worker's error only the text comes back, in the middle of Beam's stack trace.
-        found = re.search(r"InputError: (.*?)(?: \[while running|\n\n|\nTraceback|\Z)", str(error), re.S)
+        end = r"(?: \[while running|\n\n|\nTraceback|\Z)"
+        found = re.search(rf"InputError: (.*?){end}", str(error), re.S)
         if not found:
             raise
-        raise InputError(found[1].strip().strip("'\"")) from None
+        raise InputError(found[1].strip()) from None
 
 
 def _summary(stage: str, run: Run) -> str:
@@ -465,8 +512,24 @@ def _summary(stage: str, run: Run) -> str:
     for name, counts in state["counts"].items():
         parts = ", ".join(f"{value} {key}" for key, value in counts.items())
         lines.append(f"{name}: {parts}")
-    where = run.output.self_influence() if stage == "self_influence" else run.output.path("embeddings")
+    where = run.output.path("self_influence" if stage == "self_influence" else "embeddings")
     return "\n".join([*lines, f"Written to {where}"])
+
+
+class _WithoutOurTraces:
+    """A stream that drops the stack traces, which Beam prints, of errors that we report anyway."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._dropped = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        end = self._dropped and text == "\n"
+        self._dropped = text.startswith("Traceback") and "InputError" in text
+        return len(text) if self._dropped or end else self._stream.write(text)
 
 
 class _OnlyOurErrors(logging.Filter):
@@ -488,4 +551,3 @@ def _set_up_logging() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     for other in logging.getLogger().handlers:
         other.addFilter(_OnlyOurErrors())
-

@@ -4,6 +4,9 @@ An example's loss ℓ(z) is what Keras computes for a batch of z alone: whatever
 the loss, the masks and the sample weights, it never depends on what shares the batch.
 """
 
+import contextlib
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,33 +29,53 @@ def per_example_loss(loss: Any) -> PerExample:
         a value for each example, or for each of its positions, or one for the whole batch (which
         is then called with one example at a time).
     """
-    resolved = keras.losses.get(loss)
-    if resolved is None or not callable(resolved):
-        raise InputError(f"Task(loss={loss!r}) is neither a Keras loss, nor a name, nor a function.")
+    resolved = _resolve(loss)
 
     def compute(label: Any, output: Any, sample_weight: Any) -> tf.Tensor:
         loss_object = resolved
-        same = _same_structure(label, output)
-        if not isinstance(resolved, keras.losses.Loss) and same:
+        if not isinstance(resolved, keras.losses.Loss) and tf.is_tensor(output):
+            # As Keras does with a function: label and output are brought to the same rank.
             loss_object = LossFunctionWrapper(resolved)
         if isinstance(loss_object, keras.losses.Loss):
             if type(loss_object).__call__ is keras.losses.Loss.__call__:
                 values = _loss_values(loss_object, label, output)
-                if values.shape.rank != 0:
+                if _by_example(values, output):
                     mask = _combined_mask(output, values)
-                    return reduce_per_example(values, sample_weight, mask, loss_object.reduction)
+                    if mask is None or mask.shape.rank <= values.shape.rank:
+                        return reduce_per_example(
+                            values, sample_weight, mask, loss_object.reduction
+                        )
             return _one_at_a_time(loss_object, label, output, sample_weight)
         values = tf.convert_to_tensor(resolved(label, output))
-        if values.shape.rank == 0:
+        if _by_example(values, output):
+            return reduce_per_example(values, sample_weight, None, "sum_over_batch_size")
 
-            def weighted(y: Any, p: Any, sample_weight: Any = None) -> tf.Tensor:
-                value = tf.reduce_mean(resolved(y, p))
-                return value if sample_weight is None else value * tf.reduce_sum(sample_weight)
+        def weighted(y: Any, p: Any, sample_weight: Any = None) -> tf.Tensor:
+            value = tf.reduce_mean(resolved(y, p))
+            return value if sample_weight is None else value * tf.reduce_sum(sample_weight)
 
-            return _one_at_a_time(weighted, label, output, sample_weight)
-        return reduce_per_example(values, sample_weight, None, "sum_over_batch_size")
+        return _one_at_a_time(weighted, label, output, sample_weight)
 
     return compute
+
+
+def _resolve(loss: Any) -> Any:
+    try:
+        resolved = keras.losses.get(loss)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"Task(loss={loss!r}): {error}") from error
+    if not callable(resolved):
+        raise InputError(
+            f"Task(loss={loss!r}) is neither a Keras loss, nor the name of one, nor a function. "
+            "For a model with several outputs write a function of (labels, outputs)."
+        )
+    return resolved
+
+
+def _by_example(values: tf.Tensor, output: Any) -> bool:
+    """Whether the values of a loss have the batch as their first axis."""
+    batch = tf.nest.flatten(output)[0].shape[0]
+    return values.shape.rank != 0 and (batch is None or values.shape[0] == batch)
 
 
 def reduce_per_example(
@@ -79,7 +102,10 @@ def reduce_per_example(
         weight = valid
     if sample_weight is not None:
         given = tf.cast(sample_weight, tf.float32)
-        weight = given if weight is None else _aligned(given, weight) * _aligned(weight, given)
+        if weight is not None:
+            given = _aligned(given, weight)
+            given *= _aligned(weight, given)
+        weight = given
     if weight is not None:
         values *= _aligned(weight, values)
         if reduction == "mean_with_sample_weight":
@@ -102,14 +128,6 @@ def _aligned(weight: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     return weight
 
 
-def _same_structure(label: Any, output: Any) -> bool:
-    try:
-        tf.nest.assert_same_structure(label, output)
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
 def _loss_values(loss: keras.losses.Loss, label: Any, output: Any) -> tf.Tensor:
     def cast(x: Any) -> Any:
         if x.dtype == tf.string:
@@ -122,20 +140,30 @@ def _loss_values(loss: keras.losses.Loss, label: Any, output: Any) -> tf.Tensor:
 
 
 def _combined_mask(output: Any, values: tf.Tensor) -> Any:
-    masks = [getattr(x, "_keras_mask", None) for x in (output, values)]
-    masks = [tf.cast(mask, tf.bool) for mask in masks if mask is not None]
-    return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    found = (getattr(x, "_keras_mask", None) for x in (output, values))
+    masks = [tf.cast(mask, tf.bool) for mask in found if mask is not None]
+    return functools.reduce(tf.logical_and, masks) if masks else None
+
+
+# What Keras keeps of a tensor's making, and its losses look for.
+_ATTRIBUTES = ("_keras_mask", "_keras_logits")
 
 
 def _one_at_a_time(loss: Any, label: Any, output: Any, sample_weight: Any) -> tf.Tensor:
     structure = (label, output, sample_weight)
+    attributes = [[getattr(x, name, None) for name in _ATTRIBUTES] for x in tf.nest.flatten(output)]
 
-    def one(example: list[tf.Tensor]) -> tf.Tensor:
-        y, p, w = nests.repack(structure, [tf.expand_dims(x, 0) for x in example])
+    def one(example: tuple[list[tf.Tensor], list[tf.Tensor]]) -> tf.Tensor:
+        given, kept = tf.nest.map_structure(lambda x: tf.expand_dims(x, 0), example)
+        y, p, w = nests.repack(structure, given)
+        for x, values in zip(tf.nest.flatten(p), nests.repack(attributes, kept), strict=True):
+            for name, value in zip(_ATTRIBUTES, values, strict=True):
+                if value is not None:
+                    setattr(x, name, value)
         value = loss(y, p) if w is None else loss(y, p, sample_weight=w)
         return tf.cast(tf.reduce_sum(value), tf.float32)
 
-    return tf.vectorized_map(one, nests.present(structure))
+    return tf.vectorized_map(one, (nests.present(structure), nests.present(attributes)))
 
 
 def predictions(output: Any, label: Any, classifier: bool) -> tf.Tensor:
@@ -156,17 +184,36 @@ def predictions(output: Any, label: Any, classifier: bool) -> tf.Tensor:
 
 
 def labels(label: Any, output: Any, classifier: bool) -> tf.Tensor:
-    """The label as a number: float32 [B], NaN where it is not one. One-hot labels give the class."""
+    """The label as a number: float32 [B], NaN where it is not one.
+
+    One-hot labels give the class. A class below zero stands for no label.
+    """
     if tf.is_tensor(label) and label.dtype != tf.string:
         label = tf.cast(label, tf.float32)
-        if label.shape.rank == 1:
-            return label
         if label.shape.rank == 2 and label.shape[1] == 1:
-            return label[:, 0]
+            label = label[:, 0]
+        if label.shape.rank == 1:
+            return tf.where(label < 0, float("nan"), label) if classifier else label
         if label.shape.rank == 2 and classifier:
             return tf.cast(tf.argmax(label, axis=1), tf.float32)
     batch = tf.shape(tf.nest.flatten(output)[0])[0]
     return tf.fill([batch], float("nan"))
+
+
+def loss_if_labelled(loss: Any) -> PerExample:
+    """Like `per_example_loss` for a classifier, but NaN for examples without a label."""
+    compute = per_example_loss(loss)
+
+    def known(label: Any, output: Any, sample_weight: Any) -> tf.Tensor:
+        if label is None:
+            return tf.fill([tf.shape(output)[0]], float("nan"))
+        missing = tf.math.is_nan(labels(label, output, True))
+        # Some losses fail on a class that there is not.
+        none = missing if label.shape.rank == 1 else missing[:, None]
+        value = compute(tf.where(none, tf.zeros_like(label), label), output, sample_weight)
+        return tf.where(missing, float("nan"), value)
+
+    return known
 
 
 _CLASSIFICATION = (
@@ -211,8 +258,8 @@ def target_quantity(target: str, loss: Any) -> PerExample:
 
     Args:
       target: "loss"; "predicted_loss", the loss of the predicted class; "logit", of the class
-        (its log-odds where the model gives probabilities); "probability"; "margin", logit of the
-        class less the greatest of the others.
+        (its log-odds where the model gives probabilities, or has one output for two classes);
+        "probability"; "margin", logit of the class less the greatest of the others.
     """
     if target == "loss":
         compute = per_example_loss(loss)
@@ -228,44 +275,69 @@ def target_quantity(target: str, loss: Any) -> PerExample:
         return labelled
     if target not in TARGETS:
         raise InputError(f"--target={target} is not known; take one of {', '.join(TARGETS)}.")
-    resolved = keras.losses.get(loss)
-    from_logits = bool(
-        getattr(resolved, "from_logits", False)
-        or getattr(resolved, "_fn_kwargs", {}).get("from_logits", False)
-    )
     compute = per_example_loss(loss)
 
     def quantity(label: Any, output: Any, sample_weight: Any) -> tf.Tensor:
         del sample_weight
         if not is_classifier(loss, label, output):
             raise InputError(f"--target={target} needs a classifier: one output of scores [B, K].")
-        scores = tf.cast(output, tf.float32)
+        probabilities = _gives_probabilities(loss, output)
+        separate = output.shape[1] == 1 or "binary" in _name(loss)  # sigmoids, no softmax
+        scores = _log_scores(output, probabilities, separate)
         binary = scores.shape[1] == 1
         if binary:
-            rival = tf.zeros_like(scores) if from_logits else 1.0 - scores
-            scores = tf.concat([rival, scores], axis=1)
+            scores = tf.concat([-scores, scores], axis=1)
         predicted = tf.argmax(scores, axis=1)
         if target == "predicted_loss":
-            if label is not None and label.shape.rank == 2 and not binary:
-                return compute(tf.one_hot(predicted, scores.shape[1]), output, None)
-            if label is None and "sparse" not in _name(loss) and not binary:
-                return compute(tf.one_hot(predicted, scores.shape[1]), output, None)
-            return compute(predicted[:, None] if binary else predicted, output, None)
+            if binary:
+                return compute(predicted[:, None], output, None)
+            one_hot = "sparse" not in _name(loss) if label is None else label.shape.rank == 2
+            classes = tf.one_hot(predicted, scores.shape[1]) if one_hot else predicted
+            return compute(classes, output, None)
         known = labels(label, output, True)
         index = tf.where(tf.math.is_nan(known), predicted, tf.cast(known, tf.int64))
-        chosen = tf.one_hot(index, scores.shape[1])
-        if from_logits:
-            logits, probabilities = scores, tf.nn.softmax(scores)
-        else:
-            tiny = 1e-7
-            clipped = tf.clip_by_value(scores, tiny, 1 - tiny)
-            logits, probabilities = tf.math.log(clipped) - tf.math.log1p(-clipped), scores
+        chosen = tf.one_hot(index, scores.shape[1], on_value=True, off_value=False)
+        own = tf.reduce_sum(tf.where(chosen, scores, 0.0), axis=1)
         if target == "probability":
-            return -tf.reduce_sum(chosen * probabilities, axis=1)
-        own = tf.reduce_sum(chosen * logits, axis=1)
-        if target == "logit":
-            return -own
-        others = tf.where(chosen > 0, tf.fill(tf.shape(logits), logits.dtype.min), logits)
-        return tf.reduce_max(others, axis=1) - own
+            if separate:
+                return -tf.sigmoid(own)
+            return -tf.reduce_sum(tf.where(chosen, tf.nn.softmax(scores), 0.0), axis=1)
+        others = tf.where(chosen, scores.dtype.min, scores)
+        if target == "margin" and not binary:
+            return tf.reduce_max(others, axis=1) - own
+        if probabilities and not separate:
+            return tf.reduce_logsumexp(others, axis=1) - own
+        return -own
 
     return quantity
+
+
+def _gives_probabilities(loss: Any, output: Any) -> bool:
+    if hasattr(output, "_keras_logits"):
+        return True
+    resolved = keras.losses.get(loss)
+    options = {**getattr(resolved, "_fn_kwargs", {}), **vars(resolved)}
+    if "from_logits" not in options:
+        with contextlib.suppress(TypeError, ValueError):
+            function = getattr(resolved, "fn", resolved)
+            for parameter in inspect.signature(function).parameters.values():
+                options.setdefault(parameter.name, parameter.default)
+    if "from_logits" in options:
+        return not options["from_logits"]
+    return "kl" in _name(loss)
+
+
+def _log_scores(output: tf.Tensor, probabilities: bool, separate: bool) -> tf.Tensor:
+    """Logits; of a model that gives probabilities their log-odds if separate, else their logs.
+
+    A probability near one has lost the digits that tell how near it is: where Keras knows the
+    logits that it was made from, they are taken (their softmax is the same, which is enough).
+    """
+    logits = getattr(output, "_keras_logits", None if probabilities else output)
+    if logits is not None:
+        return tf.cast(logits, tf.float32)
+    given = tf.cast(output, tf.float32)
+    if not separate:
+        return tf.math.log(tf.maximum(given, 1e-30))
+    clipped = tf.clip_by_value(given, 1e-7, 1 - 1e-7)
+    return tf.math.log(clipped) - tf.math.log1p(-clipped)

@@ -5,14 +5,14 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from tracin_beam.errors import InputError
 
-# Runners that this process talks to over a job server, which takes flags Beam's Python does not know.
+# Runners behind a job server, which takes flags that Beam's Python does not know.
 _PORTABLE = ("PortableRunner", "FlinkRunner", "SparkRunner", "PrismRunner")
 
 
@@ -24,7 +24,10 @@ class TracInOptions(PipelineOptions):
         group = parser.add_argument_group("tracin-beam")
         add = group.add_argument
         add("--task", help="The task: file.py:name or package.module:name.")
-        add("--checkpoints", help="Directory that TracInCheckpoint wrote, or a glob of weight files.")
+        add(
+            "--checkpoints",
+            help="Directory that TracInCheckpoint wrote, or a glob of weight files.",
+        )
         add(
             "--learning_rate",
             help="For a glob of weight files: the learning rate, one for all or a comma separated "
@@ -45,8 +48,8 @@ class TracInOptions(PipelineOptions):
             "--rescore",
             type=int,
             default=100,
-            help="Candidates per test example and role whose scores are computed exactly; "
-            "0 takes the projection's estimates (%(default)s).",
+            help="Candidates per test example and role whose scores are computed exactly (all, "
+            "where there are few pairs); 0 takes the projection's estimates (%(default)s).",
         )
         add(
             "--layers",
@@ -57,6 +60,12 @@ class TracInOptions(PipelineOptions):
         add("--projection", default="countsketch", help="Kind of projection (%(default)s).")
         add("--dim", type=int, default=1024, help="Length of an embedding (%(default)s).")
         add("--seed", type=int, default=0, help="Seed of the projection (%(default)s).")
+        add(
+            "--norms",
+            default="exact",
+            help="Squared gradient norms, and with them self-influence: exact, or sketched, which "
+            "is cheaper for convolutions (%(default)s).",
+        )
         add(
             "--batch_size",
             type=int,
@@ -115,6 +124,7 @@ class Config:
     projection: str
     dim: int
     seed: int
+    norms: str
     batch_size: int
     index_rows: int
     recall_queries: int
@@ -155,14 +165,21 @@ def parse(
     return config, PipelineOptions(rest)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises an `InputError` where argparse would print the usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog or None,
         allow_abbrev=False,
         epilog="Every other flag is Beam's: --runner=DataflowRunner --project=… and so on.",
     )
     parser.add_argument("--config", help="YAML file of flags; those on the command line win.")
-    TracInOptions._add_argparse_args(parser)  # type: ignore[arg-type]
+    TracInOptions._add_argparse_args(parser)
     return parser
 
 
@@ -180,6 +197,8 @@ def _from_yaml(path: str) -> list[str]:
         raise InputError(f"--config={path} must be a mapping of flag names to values.")
     flags = []
     for key, value in content.items():
+        if isinstance(value, dict):
+            raise InputError(f"--config={path}: {key} must be a value or a list, not a mapping.")
         if isinstance(value, bool):
             flags += [f"--{key}"] if value else []
         elif isinstance(value, list):
@@ -210,7 +229,7 @@ def _check(config: Config) -> None:
         "report_examples": 0,
     }
     for name, least in at_least.items():
-        if getattr(config, name) < least:
+        if not getattr(config, name) >= least:  # nor NaN
             raise InputError(f"--{name}={getattr(config, name)} must be at least {least}.")
     if 0 < config.rescore < config.top_k:
         raise InputError(
@@ -220,28 +239,37 @@ def _check(config: Config) -> None:
     name = config.test_name
     if name in ("train", "", ".", "..") or any(c in name for c in "/\\*?[]"):
         raise InputError(f"--test_name={name}: take a plain name, other than 'train'.")
+    if any(c in config.output for c in "*?[]"):
+        raise InputError(f"--output={config.output}: take a path without any of * ? [ ].")
+    if config.norms not in ("exact", "sketched"):
+        raise InputError(f"--norms={config.norms} is not known; take exact or sketched.")
     targets = ("loss", "predicted_loss", "logit", "probability", "margin")
     if config.target not in targets:
-        raise InputError(f"--target={config.target} is not known; take one of {', '.join(targets)}.")
+        raise InputError(
+            f"--target={config.target} is not known; take one of {', '.join(targets)}."
+        )
 
 
 def _check_unknown(rest: Sequence[str]) -> None:
-    """A misspelt flag must not be ignored, as Beam would."""
-    beams = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    """A misspelt flag must not be ignored, as Beam would, nor what a shell made of a glob."""
+    beams = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in _all_options(PipelineOptions):
         if options is not TracInOptions:
-            options._add_argparse_args(beams)  # type: ignore[arg-type]
-    _, unknown = beams.parse_known_args(rest)
-    unknown = [flag for flag in unknown if flag.startswith("--")]
-    runner = next((f.split("=", 1)[1] for f in rest if f.startswith("--runner=")), "")
+            options._add_argparse_args(beams)
+    known, unknown = beams.parse_known_args(rest)
     ours = ["--" + field.name for field in dataclasses.fields(Config)] + ["--config"]
-    for flag in unknown:
-        name = flag.split("=")[0]
-        near = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if near:
+    before = ""
+    for word in unknown:
+        name = word.split("=")[0]
+        if not word.startswith("-"):
+            # Of a flag that Beam does not know nobody can tell whether a value follows.
+            if not before.startswith("-") or "=" in before:
+                raise InputError(f"{word} belongs to no flag: write globs and lists in quotes.")
+        elif near := difflib.get_close_matches(name, ours, n=1, cutoff=0.8):
             raise InputError(f"There is no flag {name}. Did you mean {near[0]}?")
-        if runner not in _PORTABLE:
+        elif known.runner not in _PORTABLE:
             raise InputError(f"There is no flag {name}, neither ours nor Beam's.")
+        before = word
 
 
 def _all_options(cls: type[PipelineOptions]) -> list[Any]:

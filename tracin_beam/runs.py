@@ -3,14 +3,17 @@
     run.json                                    configuration, versions, fingerprint, counts, …
     embeddings/<set>/<step>/<shard>.tfrecord    with <shard>.tfrecord.json, written after it: its
                                                 fingerprint, counts and rejected records
+    index/plan.json                             number of each shard's partition
     index/part-00000/                           ScaNN searcher, rows.parquet, partition.json
     influence/<test name>/                      influence-*.parquet, report.html, done.json
+    evaluation/<test name>/<shard>.parquet      exact scores of the queries that recall is of
     self_influence/                             self_influence-*.parquet
     rejected/<set>-<shard>.jsonl
 
 A set is "train" or the name of a test set.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,7 +33,7 @@ class Shard:
 
     Attributes:
       path: as matched.
-      name: its base name, with a hash of its folder where another shard has the same.
+      name: its base name, with a hash of its path where another shard has the same.
       identity: changes whenever the file does.
     """
 
@@ -133,6 +136,9 @@ class Output:
     def influence(self, test_name: str, *parts: str) -> str:
         return self.path("influence", test_name, *parts)
 
+    def evaluation(self, test_name: str, shard: Shard) -> str:
+        return self.path("evaluation", test_name, shard.name + ".parquet")
+
     def self_influence(self, *parts: str) -> str:
         return self.path("self_influence", *parts)
 
@@ -148,7 +154,7 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     words = []
     for key in new:
         if old.get(key) != new[key]:
-            spelt_out = key in ("layers", "projection", "dim", "seed")
+            spelt_out = key in ("layers", "projection", "dim", "seed", "norms")
             words.append(f"{key} ({old.get(key)} → {new[key]})" if spelt_out else key)
     return words
 
@@ -173,18 +179,23 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
         matched = files.match(pattern)
     except InputError as error:
         raise InputError(f"--{flag}: {error}") from None
-    taken = {known[info.path]: info.path for info in matched if info.path in known}
+    # Names that differ by ".tfrecord" alone would have the same embedding file.
+    taken = {_stem(known[info.path]) for info in matched if info.path in known}
     shards = []
     for info in matched:
         name = known.get(info.path)
         if name is None:
-            folder, name = os.path.split(info.path)
-            if taken.setdefault(name, info.path) != info.path:
+            name = os.path.basename(info.path)
+            if _stem(name) in taken:
                 stem, extension = os.path.splitext(name)
-                name = f"{stem}-{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}{extension}"
-                taken[name] = info.path
+                name = f"{stem}-{digest(info.path)[:8]}{extension}"
+            taken.add(_stem(name))
         shards.append(Shard(info.path, name, f"{info.size}:{files.checksum(info.path)}"))
     return shards
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".tfrecord")
 
 
 def read_unit(output: Output, unit: Unit) -> UnitResult | None:
@@ -222,14 +233,19 @@ def read_run(output: Output) -> dict[str, Any]:
     return files.read_json(output.run) if files.exists(output.run) else {}
 
 
-def merge_results(results: Sequence[UnitResult], duplicates: Sequence[tuple[int, str]]) -> ShardResult:
+def clear(output: Output) -> None:
+    """Removes all results."""
+    for folder in ("embeddings", "index", "influence", "evaluation", "self_influence", "rejected"):
+        with contextlib.suppress(InputError):  # there are none
+            files.remove([info.path for info in files.match(output.path(folder, "**"))])
+
+
+def merge_results(results: Sequence[UnitResult]) -> ShardResult:
     """A shard's result from those of its units, one for each checkpoint."""
     rejected: dict[int, str] = {}
     for result in sorted(results, key=lambda r: r.unit.checkpoint.step):
         for position, reason in result.rejected:
             rejected.setdefault(position, reason)
-    for position, reason in duplicates:
-        rejected.setdefault(position, reason)
     first = results[0]
     reads = {result.read for result in results}
     if len(reads) != 1:

@@ -77,6 +77,5 @@ class SelfInfluence(beam.PTransform):
         return (
             results
             | "SpreadResults" >> beam.Reshuffle()
-            | "Write"
-            >> beam.ParDo(WriteSelfInfluence(self.output, self.checkpoints, self.shards))
+            | "Write" >> beam.ParDo(WriteSelfInfluence(self.output, self.checkpoints, self.shards))
         )

@@ -61,6 +61,9 @@ class Parser:
         )
         return f"Parser({', '.join(given)})"
 
+    def __hash__(self) -> int:
+        return hash(repr(self))  # the fields may be dicts
+
     def _leaves(self, name: str) -> dict[str, Spec]:
         return dict(_flatten(getattr(self, name), name))
 

@@ -31,7 +31,8 @@ class Task:
       parse: a function that TensorFlow traces, from serialised records, `tf.string` [B], to a
         dict of batched tensors: "features" (a tensor, or a dict or tuple of them, as the model
         takes), "label", and if wanted "id" and "sample_weight". Examples without an id are
-        called "<shard name>#<position>".
+        called "<shard name>#<position>". A class below zero stands for no label; a test example
+        may be without one where the target is not its loss.
       predict: a function from the model's output to a prediction for each example, [B] numbers.
         By default the class of highest score or, for one output, its value.
       label_names: names of the classes, for reports.
@@ -69,14 +70,14 @@ class TaskSource:
 
     def load(self) -> Task:
         """Imports the task, writing its sources to a temporary folder where they are missing."""
+        return in_keras_thread(self._load)
+
+    def _load(self) -> Task:
         key = f"{self.digest}:{self.module}:{self.attribute}"
-        with _lock:
-            if key not in _loaded:
-                root = self.root if self._intact() else self._unpack()
-                _loaded[key] = in_keras_thread(
-                    lambda: _get(_import(root, self.module), self.attribute, self.name)
-                )
-            return _loaded[key]
+        if key not in _loaded:
+            root = self.root if self._intact() else self._unpack()
+            _loaded[key] = _get(_import(root, self.module, self.name), self.attribute, self.name)
+        return _loaded[key]
 
     def _intact(self) -> bool:
         for path, source in self.files:
@@ -99,7 +100,7 @@ class TaskSource:
 
 
 _loaded: dict[str, Task] = {}
-_lock = threading.RLock()
+_roots: set[str] = set()
 _keras_thread = ThreadPoolExecutor(1, thread_name_prefix="keras")
 _keras_thread_id: list[int] = []
 
@@ -142,7 +143,7 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
     else:
         module = location
         imported = in_keras_thread(lambda: _import(None, module, spec))
-        file = imported.__file__ or os.path.join(list(imported.__path__)[0], "__init__.py")
+        file = imported.__file__ or os.path.join(next(iter(imported.__path__)), "__init__.py")
         depth = module.count(".") + (os.path.basename(file) == "__init__.py")
         root = os.path.abspath(file)
         for _ in range(depth + 1):
@@ -152,8 +153,7 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
     def source() -> TaskSource:
         files = _sources(root, imported)
         result = TaskSource(spec, module, attribute, root, files)
-        with _lock:
-            _loaded[f"{result.digest}:{module}:{attribute}"] = task
+        _loaded[f"{result.digest}:{module}:{attribute}"] = task
         return result
 
     return task, source
@@ -170,15 +170,14 @@ def _get(module: ModuleType, attribute: str, spec: str) -> Task:
     return task
 
 
-def _import(root: str | None, module: str, spec: str = "") -> ModuleType:
-    # The folder stays on the path, as it would be for `python file.py`: imports may come late.
-    if root is not None and root not in sys.path:
-        sys.path.insert(0, root)
+def _import(root: str | None, module: str, spec: str) -> ModuleType:
+    """Imports a file of the folder root, or, if it is None, whatever Python finds."""
     try:
         if root is None:
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
             return importlib.import_module(module)
+        _enter(root)
         path = os.path.join(root, *module.split("."))
         path = path + ".py" if os.path.isfile(path + ".py") else os.path.join(path, "__init__.py")
         known = sys.modules.get(module)
@@ -195,10 +194,35 @@ def _import(root: str | None, module: str, spec: str = "") -> ModuleType:
         sys.modules[unique] = loaded
         found.loader.exec_module(loaded)
         return loaded
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
-            f"--task={spec or module}: importing it failed with {type(error).__name__}: {error}"
+            f"--task={spec}: importing it failed with {type(error).__name__}: {error}"
         ) from error
+
+
+def _enter(root: str) -> None:
+    """Makes root the first folder to import from, as it would be for `python file.py`.
+
+    It stays so, as imports may come late. What another task's folder gave under a name that is
+    found here is forgotten.
+    """
+    if root in sys.path:
+        sys.path.remove(root)
+    sys.path.insert(0, root)
+    # A folder that has just been written may not be seen otherwise.
+    importlib.invalidate_caches()
+    others = tuple(other + os.sep for other in _roots - {root})
+    _roots.add(root)
+    for name, loaded in list(sys.modules.items()):
+        file = getattr(loaded, "__file__", None) or ""
+        top = os.path.join(root, name.split(".")[0])
+        inside = file.startswith(root + os.sep)
+        if not inside and file.startswith(others) and _is_module(top):
+            del sys.modules[name]
+
+
+def _is_module(path: str) -> bool:
+    return os.path.isfile(path + ".py") or os.path.isdir(path)
 
 
 def _sources(root: str, main: ModuleType) -> tuple[tuple[str, str], ...]:

@@ -26,7 +26,8 @@ class EngineSource:
         """This process's engine."""
         with _lock:
             if self not in _loaded:
-                adopt(self, load(self.task.load(), self.config, self.sample))
+                task = self.task.load()
+                adopt(self, load(task, Parser(task), self.config, self.sample))
             return _loaded[self]
 
 
@@ -42,9 +43,8 @@ class Loaded:
         return self.parser(records)
 
 
-def load(task: Task, config: EngineConfig, sample: bytes) -> Loaded:
+def load(task: Task, parser: Parser, config: EngineConfig, sample: bytes) -> Loaded:
     """Builds the engine, with the features of a serialised record that parses."""
-    parser = Parser(task)
     return Loaded(task, parser, Engine(task, config, parser, parser([sample])))
 
 

@@ -15,6 +15,7 @@ weights go through `vectorised`, which runs the whole model for each example sep
 
 import contextlib
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -107,6 +108,28 @@ def recordable(weights: Sequence[Weight], run: Callable[[], Any]) -> list[keras.
     return [layer for layer in layers if id(layer) not in others]
 
 
+def make_traceable(model: keras.Model) -> None:
+    """Changes what in a model would tie it to the first values it was run with.
+
+    A `tf.function` inside of it, such as a layer's call, keeps the values of the variables that it
+    was traced with: it is traced anew in each call. A rematerialised layer gives no gradients but
+    to its arguments: it is run as any other.
+    """
+    for layer in model._flatten_layers():
+        layer._remat_mode = None
+        for name in {*dir(type(layer)), *vars(layer)}:
+            member = inspect.getattr_static(layer, name, None)
+            if isinstance(member, tf.types.experimental.PolymorphicFunction):
+                object.__setattr__(layer, name, _fresh(getattr(layer, name)))
+
+
+def _fresh(function: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function._clone(None)(*args, **kwargs)
+
+    return call
+
+
 def per_example_gradients(
     forward: Forward,
     variables: Sequence[keras.Variable],
@@ -171,7 +194,7 @@ def per_example_gradients(
     if general:
         order = sorted(general)
         slow = vectorised(
-            forward, mapping, [weights[i] for i in order], features, label, sample_weight
+            forward, variables, values, [weights[i] for i in order], features, label, sample_weight
         )
         gradients.update(zip(order, slow, strict=True))
     return Captured(quantity, auxiliary, gradients, tuple(sorted(general)))
@@ -179,7 +202,8 @@ def per_example_gradients(
 
 def vectorised(
     forward: Forward,
-    mapping: Sequence[tuple[keras.Variable, tf.Tensor]],
+    variables: Sequence[keras.Variable],
+    values: Sequence[tf.Tensor],
     weights: Sequence[Weight],
     features: Any,
     label: Any,
@@ -191,18 +215,15 @@ def vectorised(
     loops of their own, as recurrent layers do, take `tf.map_fn`: of them it makes something that
     is no faster and takes many times longer to trace. So do those that it gives up on.
     """
-    value_of = {id(v): x for v, x in mapping}
-
     structure = (features, label, sample_weight)
+    batch = nests.present(structure)
+    position = {id(v): i for i, v in enumerate(variables)}
 
-    def one(example: list[tf.Tensor]) -> list[tf.Tensor]:
+    def one(values: list[tf.Tensor], example: list[tf.Tensor]) -> list[tf.Tensor]:
+        sources = [values[position[id(w.variable)]] for w in weights]
         single = nests.repack(structure, [tf.expand_dims(x, 0) for x in example])
-        sources = [tf.identity(value_of[id(w.variable)]) for w in weights]
-        replaced = {id(w.variable): s for w, s in zip(weights, sources, strict=True)}
-        with (
-            keras.StatelessScope([(v, replaced.get(id(v), x)) for v, x in mapping]),
-            tf.GradientTape(watch_accessed_variables=False) as tape,
-        ):
+        tape = tf.GradientTape(watch_accessed_variables=False)
+        with keras.StatelessScope(list(zip(variables, values, strict=True))), tape:
             for source in sources:
                 tape.watch(source)
             quantity, _ = forward(*single)
@@ -210,24 +231,31 @@ def vectorised(
         gradients = tape.gradient(total, sources, unconnected_gradients="zero")
         return [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in gradients]
 
-    batch = nests.present(structure)
+    signature = [
+        [tf.TensorSpec(x.shape, x.dtype) for x in values],
+        [tf.TensorSpec(x.shape[1:], x.dtype) for x in batch],
+    ]
+    function = tf.function(one, input_signature=signature, autograph=False)
+    traced = function.get_concrete_function()
+
+    def gradients(example: list[tf.Tensor]) -> list[tf.Tensor]:
+        return traced(list(values), example)
+
     stacked = None
-    if not _has_loops(one, batch):
+    if not _has_loops(traced):
         with contextlib.suppress(Exception):  # its converters fail in many ways, while tracing
-            stacked = tf.vectorized_map(one, batch)
+            stacked = tf.vectorized_map(gradients, batch)
     if stacked is None:
-        signature = [tf.TensorSpec(w.shape, tf.float32) for w in weights]
-        stacked = tf.map_fn(one, batch, fn_output_signature=signature)
+        outputs = [tf.TensorSpec(w.shape, tf.float32) for w in weights]
+        stacked = tf.map_fn(gradients, batch, fn_output_signature=outputs)
     return [
         forms.full(tf.ensure_shape(g, [None, *w.shape]))
         for g, w in zip(stacked, weights, strict=True)
     ]
 
 
-def _has_loops(one: Callable[[list[tf.Tensor]], Any], batch: Sequence[tf.Tensor]) -> bool:
-    signature = [[tf.TensorSpec(x.shape[1:], x.dtype) for x in batch]]
-    traced = tf.function(one, input_signature=signature, autograph=False)
-    graph = traced.get_concrete_function().graph.as_graph_def()
+def _has_loops(traced: Any) -> bool:
+    graph = traced.graph.as_graph_def()
     nodes = [graph.node, *(function.node_def for function in graph.library.function)]
     return any(node.op in ("While", "StatelessWhile") for part in nodes for node in part)
 

@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import re
 import threading
@@ -15,7 +17,7 @@ import tensorflow as tf
 from keras.src.utils.naming import to_snake_case
 
 from tracin_beam import checkpoints, losses, nests
-from tracin_beam.errors import InputError
+from tracin_beam.errors import InputError, reason
 from tracin_beam.gradients import capture, forms, projections
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
@@ -25,6 +27,8 @@ from tracin_beam.task import Task, in_keras_thread
 _VALUES_BYTES = 2 << 30
 # What a batch's gradients may take when they have to be written out.
 _GRADIENT_BYTES = 1 << 30
+# By how much ‖∇ℓ‖² may differ between batch sizes, by the dtype that a layer computes in.
+_TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,8 @@ class EngineConfig:
       dim: length of an embedding; projection "none" ignores it.
       seed: of the projection.
       batch_size: examples computed at a time; 0 chooses by the model's size.
+      norms: "exact" ‖∇ℓ‖², or "sketched", ‖S∇ℓ‖², whose relative error is about √(2/dim).
+      rules: whether layers take their rules; without, every weight goes the general, slow way.
     """
 
     layers: str = "all"
@@ -44,6 +50,8 @@ class EngineConfig:
     dim: int = 1024
     seed: int = 0
     batch_size: int = 0
+    norms: str = "exact"
+    rules: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Embedded:
 
     Attributes:
       embedding: float32 [n, dim], S ∇ℓ.
-      squared_norm: float32 [n], ‖∇ℓ‖², exact.
+      squared_norm: float32 [n], ‖∇ℓ‖², or its estimate, as the engine's `norms` say.
       loss, label, prediction: float32 [n]; label and prediction are NaN where they are no number.
     """
 
@@ -119,7 +127,8 @@ class Parser:
             )
         except Exception as error:
             raise InputError(
-                f"Task.parse cannot be traced for serialised records, tf.string [B]: {error}"
+                "Task.parse cannot be traced for a batch of serialised records, tf.string [B]: "
+                + reason(error)
             ) from error
         if not isinstance(self._spec, Mapping) or self._spec.get("features") is None:
             raise InputError('Task.parse must return a dict with "features" (and "label").')
@@ -150,9 +159,9 @@ class Parser:
         ids = parsed.get("id")
         if ids is not None:
             ids = tf.reshape(ids if ids.dtype == tf.string else tf.as_string(ids), [-1]).numpy()
-        return Batch(
-            parsed["features"], parsed.get("label"), parsed.get("sample_weight"), ids
-        )
+            if len(ids) != len(records):
+                raise ValueError(f"parse gave {len(ids)} ids for {len(records)} records")
+        return Batch(parsed["features"], parsed.get("label"), parsed.get("sample_weight"), ids)
 
 
 class Engine:
@@ -172,7 +181,7 @@ class Engine:
         self.task = task
         self.config = config
         self._lock = threading.Lock()
-        self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._functions: dict[tuple[str, str], Any] = {}
         self._query_structure: dict[str, list[tuple[int, Form]]] = {}
         self._cache: collections.OrderedDict[str, list[tf.Tensor]] = collections.OrderedDict()
         in_keras_thread(lambda: self._build(parser, example))
@@ -181,11 +190,15 @@ class Engine:
         self.model = self.task.model()
         if not isinstance(self.model, keras.Model):
             raise InputError(f"Task.model returned a {type(self.model).__name__}, not a model.")
-        self.model(example.take([0]).features, training=False)
+        with self._explained():
+            self.model(example.take([0]).features, training=False)
+        capture.make_traceable(self.model)
         self.weights = select_weights(self.model, self.config.layers)
-        self._recordable = capture.recordable(
-            self.weights, lambda: self.model(example.take([0]).features, training=False)
-        )
+        self._recordable = []
+        if self.config.rules:
+            self._recordable = capture.recordable(
+                self.weights, lambda: self.model(example.take([0]).features, training=False)
+            )
         self.specs = [projections.WeightSpec(w.path, w.shape) for w in self.weights]
         self.projection = projections.make(
             self.config.projection, self.config.dim, self.config.seed, self.specs
@@ -198,7 +211,7 @@ class Engine:
         self._structure = structure
         self._flat_spec = [
             _batch_spec(spec, x, self.batch_size)
-            for spec, x in zip(tf.nest.flatten(parser.spec), tf.nest.flatten(structure), strict=True)
+            for spec, x in zip(*map(tf.nest.flatten, (parser.spec, structure)), strict=True)
             if x is not None
         ]
         self._values_spec = [tf.TensorSpec(v.shape, v.dtype) for v in self.model.variables]
@@ -259,8 +272,9 @@ class Engine:
         self._function("queries", target)
         function = self._function("scores", target)
         parts = [
-            function(values, self._padded(part), queries.gradients).numpy()
-            [: part.size, : queries.size]
+            function(values, self._padded(part), queries.gradients).numpy()[
+                : part.size, : queries.size
+            ]
             for part in self._parts(batch)
         ]
         return np.concatenate(parts)
@@ -276,31 +290,36 @@ class Engine:
             math.prod(n or 128 for n in spec.shape) * 4 for spec in self._query_specs(target)
         )
 
-    def verify(self, values: list[tf.Tensor], batch: Batch, tolerance: float = 1e-3) -> None:
+    def verify(self, values: list[tf.Tensor], batch: Batch) -> None:
         """Checks this engine's gradients against plain `tf.GradientTape`, one example at a time.
 
         Raises:
           InputError: they differ: the model does something that its rules do not know of.
         """
         batch = batch.take(range(min(batch.size, 2)))
-        got = self.embed(values, batch)
+        norms = self.embed(values, batch).squared_norm
+        if self.config.norms != "exact":
+            norms = self._function("norms", "loss")(values, self._padded(batch)).numpy()
+        dtypes = {layer.compute_dtype for layer in self.model._flatten_layers()}
+        tolerance = max(_TOLERANCES.get(dtype, 1e-3) for dtype in dtypes)
         for i in range(batch.size):
-            expected = in_keras_thread(lambda i=i: self._plain(values, batch.take([i])))
+            plain = functools.partial(self._plain, values, batch.take([i]))
+            expected = in_keras_thread(plain)
             norm = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in expected)
-            if not math.isclose(got.squared_norm[i], norm, rel_tol=tolerance, abs_tol=1e-12):
-                if not (math.isfinite(norm) and math.isfinite(got.squared_norm[i])):
+            if not math.isclose(norms[i], norm, rel_tol=tolerance, abs_tol=1e-12):
+                if not (math.isfinite(norm) and math.isfinite(norms[i])):
                     continue
                 raise InputError(
-                    f"example {i}: ‖∇ℓ‖² is {got.squared_norm[i]:.6g} by the fast way and "
+                    f"example {i}: ‖∇ℓ‖² is {norms[i]:.6g} by the layers' rules and "
                     f"{norm:.6g} by tf.GradientTape. Does the model mix the examples of a batch?"
                 )
 
     def _plain(self, values: list[tf.Tensor], example: Batch) -> list[np.ndarray]:
-        mapping = list(zip(self.model.variables, values, strict=True))
-        index = {id(v): i for i, (v, _) in enumerate(mapping)}
-        sources = [values[index[id(w.variable)]] for w in self.weights]
-        with keras.StatelessScope(mapping), tf.GradientTape() as tape:
-            tape.watch(sources)
+        # By the model's own variables, as in training: nothing that the fast way relies on.
+        for variable, value in zip(self.model.variables, values, strict=True):
+            variable.assign(value)
+        sources = [w.variable.value for w in self.weights]
+        with tf.GradientTape() as tape:
             quantity, _ = self._forward("loss")(
                 example.features, example.label, example.sample_weight
             )
@@ -331,11 +350,16 @@ class Engine:
 
     def _trace(self, kind: str, target: str) -> Callable[..., Any]:
         signature = [self._values_spec, self._flat_spec]
-        body = {"embed": self._embed, "queries": self._queries, "scores": self._scores}[kind]
+        bodies: dict[str, Callable[..., Any]] = {
+            "embed": self._embed,
+            "norms": self._norms,
+            "queries": self._queries,
+            "scores": self._scores,
+        }
         if kind == "scores":
             signature.append(self._query_specs(target))
         function = tf.function(
-            lambda *args: body(target, *args), input_signature=signature, autograph=False
+            lambda *args: bodies[kind](target, *args), input_signature=signature, autograph=False
         )
         with self._explained():
             function.get_concrete_function()
@@ -349,22 +373,17 @@ class Engine:
             raise
         except Exception as error:
             raise InputError(
-                f"the model or the loss does not take what parse gives: {error}"
+                f"the model or the loss does not take what parse gives: {reason(error)}"
             ) from error
 
     def _forward(self, target: str) -> capture.Forward:
         quantity = losses.target_quantity(target, self.task.loss)
-        loss = losses.per_example_loss(self.task.loss)
+        loss = losses.loss_if_labelled(self.task.loss)
 
         def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
             output = self.model(features, training=False)
             value = quantity(label, output, sample_weight)
-            if target == "loss":
-                plain = value
-            elif label is None:
-                plain = tf.fill([tf.shape(value)[0]], float("nan"))
-            else:
-                plain = loss(label, output, sample_weight)
+            plain = value if target == "loss" else loss(label, output, sample_weight)
             classifier = losses.is_classifier(self.task.loss, label, output)
             if self.task.predict is not None:
                 prediction = tf.cast(self.task.predict(output), tf.float32)
@@ -397,14 +416,21 @@ class Engine:
         embedding = self.projection(
             [(self.specs[i], form) for i, form in captured.gradients.items()]
         )
-        norms = [forms.squared_norm(form) for form in captured.gradients.values()]
+        if self.config.norms == "exact":
+            norm = _squared_norm(captured)
+        else:
+            norm = tf.reduce_sum(tf.square(embedding), axis=1)
         loss, label, prediction = captured.auxiliary
-        return embedding, tf.add_n(norms), loss, label, prediction
+        return embedding, norm, loss, label, prediction
+
+    def _norms(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> tf.Tensor:
+        return _squared_norm(self._gradients(target, values, flat))
 
     def _ready(self, captured: capture.Captured) -> list[tuple[int, Form]]:
         return [
-            (i, forms.for_dot(form, self.specs[i].shape))
-            for i, form in captured.gradients.items()
+            (i, forms.for_dot(form, self.specs[i].shape)) for i, form in captured.gradients.items()
         ]
 
     def _queries(
@@ -433,6 +459,10 @@ class Engine:
         own = self._ready(self._gradients("loss", values, flat))
         products = [forms.dot(form, others[i]) for i, form in own if i in others]
         return tf.add_n(products)
+
+
+def _squared_norm(captured: capture.Captured) -> tf.Tensor:
+    return tf.add_n([forms.squared_norm(form) for form in captured.gradients.values()])
 
 
 def _batch_spec(spec: tf.TensorSpec, example: tf.Tensor, batch_size: int) -> tf.TensorSpec:
@@ -467,19 +497,17 @@ def select_weights(model: keras.Model, layers: str) -> list[Weight]:
         if id(layer) in seen:
             return
         seen.add(id(layer))
-        counts: collections.Counter[str] = collections.Counter()
+        names: set[str] = set()
         for variable in layer._trainable_variables:
             if id(variable) in trainable and id(variable) not in found:
-                name = _numbered(re.sub(r"_\d+$", "", variable.name), counts)
+                name = _unique(re.sub(r"_\d+$", "", variable.name), names)
                 found[id(variable)] = Weight(prefix + name, variable, layer)
-        counts = collections.Counter()
+        names = set()
         for child in layer._layers:
             name = child.name
             automatic = to_snake_case(type(child).__name__)
             made_up = re.fullmatch(rf"((?:forward_|backward_)?{re.escape(automatic)})(_\d+)?", name)
-            if made_up:
-                name = _numbered(made_up[1], counts)
-            visit(child, f"{prefix}{name}/")
+            visit(child, f"{prefix}{_unique(made_up[1] if made_up else name, names)}/")
 
     visit(model, "")
     for i, (key, variable) in enumerate(trainable.items()):
@@ -503,6 +531,8 @@ def select_weights(model: keras.Model, layers: str) -> list[Weight]:
     return chosen
 
 
-def _numbered(name: str, counts: collections.Counter[str]) -> str:
-    counts[name] += 1
-    return name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
+def _unique(name: str, names: set[str]) -> str:
+    candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+    chosen = next(candidate for candidate in candidates if candidate not in names)
+    names.add(chosen)
+    return chosen

@@ -5,10 +5,13 @@ avoided, writing them out. `Outer` is what dense layers and convolutions give, `
 embedding gives, and `Full` is the gradient itself.
 """
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 
@@ -46,7 +49,41 @@ class Full(NamedTuple):
     value: tf.Tensor
 
 
-Form = Outer | Rows | Full
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What a convolution's output position sees of its input; an entry for each spatial axis.
+
+    Attributes:
+      size, strides, dilations: as in Keras.
+      padding: "valid", "same" or "causal".
+    """
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    padding: str
+
+
+class Windowed(NamedTuple):
+    """G_b = Σ_p patch(x[b], p) ⊗ right[b, p], of shape [K·C, n]; K positions in the window.
+
+    Attributes:
+      x: float32 [B, *spatial, C]; a convolution's input.
+      right: float32 [B, P, n]; the gradient with respect to its outputs, in row-major order.
+      window: the convolution's window.
+    """
+
+    x: tf.Tensor
+    right: tf.Tensor
+    window: Window
+
+    @property
+    def rows(self) -> int:
+        """K·C."""
+        return math.prod(self.window.size) * int(self.x.shape[-1])
+
+
+Form = Outer | Windowed | Rows | Full
 
 
 def full(gradient: tf.Tensor) -> Full:
@@ -59,12 +96,14 @@ def add(forms: Sequence[Form], shape: Sequence[int]) -> Form:
     """The sum of several gradients of one weight of this shape (a layer called several times)."""
     if len(forms) == 1:
         return forms[0]
-    if all(isinstance(form, Outer) for form in forms):
-        lefts, rights = zip(*forms, strict=True)
-        if len({(a.shape[-1], b.shape[-1]) for a, b in forms}) == 1:
-            return Outer(tf.concat(lefts, axis=1), tf.concat(rights, axis=1))
-    if all(isinstance(form, Rows) for form in forms):
-        ids, rows = zip(*forms, strict=True)
+    outer = [form for form in forms if isinstance(form, Outer)]
+    widths = {(form.left.shape[-1], form.right.shape[-1]) for form in outer}
+    if len(outer) == len(forms) and len(widths) == 1:
+        lefts, rights = zip(*outer, strict=True)
+        return Outer(tf.concat(lefts, axis=1), tf.concat(rights, axis=1))
+    embedded = [form for form in forms if isinstance(form, Rows)]
+    if len(embedded) == len(forms):
+        ids, rows = zip(*embedded, strict=True)
         return Rows(tf.concat([tf.cast(i, tf.int64) for i in ids], axis=1), tf.concat(rows, axis=1))
     return Full(tf.add_n([materialise(form, shape) for form in forms]))
 
@@ -77,6 +116,10 @@ def materialise(form: Form, shape: Sequence[int]) -> tf.Tensor:
             return value
         case Outer(left, right):
             return tf.reshape(tf.matmul(left, right, transpose_a=True), [-1, size])
+        case Windowed(x, right, window):
+            # Quicker by a product for each position in the window than by patches side by side.
+            parts = [tf.matmul(part, right, transpose_a=True) for part in slices(x, window)]
+            return tf.reshape(tf.concat(parts, axis=1), [-1, size])
         case Rows(ids, rows):
             batch = tf.shape(ids, out_type=tf.int64)[0]
             vocabulary = shape[0]
@@ -104,6 +147,8 @@ def squared_norm(form: Form) -> tf.Tensor:
                 gram = tf.matmul(left, left, transpose_b=True)
                 return tf.reduce_sum(gram * tf.matmul(right, right, transpose_b=True), axis=[1, 2])
             return _sum_squares(tf.matmul(left, right, transpose_a=True))
+        case Windowed(_, right, _):
+            return _sum_squares(materialise(form, [form.rows, right.shape[-1]]))
         case Rows(ids, rows):
             same = tf.cast(ids[:, :, None] == ids[:, None, :], rows.dtype)
             return tf.reduce_sum(same * tf.matmul(rows, rows, transpose_b=True), axis=[1, 2])
@@ -111,7 +156,7 @@ def squared_norm(form: Form) -> tf.Tensor:
 
 def for_dot(form: Form, shape: Sequence[int]) -> Form:
     """The form in which inner products with other examples cost least; see `dot`."""
-    if isinstance(form, Outer) and not _gram_is_cheaper(form):
+    if isinstance(form, Windowed) or (isinstance(form, Outer) and form.left.shape[1] != 1):
         return Full(materialise(form, shape))
     return form
 
@@ -124,11 +169,9 @@ def dot(left: Form, right: Form) -> tf.Tensor:
     match left, right:
         case Full(g), Full(h):
             return tf.matmul(g, h, transpose_b=True)
-        case Outer(a, g), Outer(b, h):
-            if a.shape[1] == 1 and b.shape[1] == 1:
-                inputs = tf.matmul(a[:, 0], b[:, 0], transpose_b=True)
-                return inputs * tf.matmul(g[:, 0], h[:, 0], transpose_b=True)
-            return tf.einsum("bpqr,bpqr->bq", _pairs(a, b), _pairs(g, h))
+        case Outer(a, g), Outer(b, h):  # of one position
+            inputs = tf.matmul(a[:, 0], b[:, 0], transpose_b=True)
+            return inputs * tf.matmul(g[:, 0], h[:, 0], transpose_b=True)
         case Rows(ids, rows), Rows(other_ids, other_rows):
             # One query at a time, so that memory is B·P·P', not Q times that.
             def one(query: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
@@ -146,8 +189,71 @@ def dot(left: Form, right: Form) -> tf.Tensor:
     raise TypeError(f"no inner product of {type(left).__name__} and {type(right).__name__}")
 
 
-def _pairs(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    return tf.einsum("bpm,qrm->bpqr", a, b)
+def project_left(form: Outer | Windowed, matrix: tf.Tensor) -> tf.Tensor:
+    """The left factors times a matrix [m, k]: float32 [B, P, k]. For a window, a convolution."""
+    if isinstance(form, Outer):
+        return tf.tensordot(form.left, matrix, 1)
+    x, window = form.x, form.window
+    filters = tf.reshape(matrix, [*window.size, x.shape[-1], matrix.shape[-1]])
+    padding = window.padding
+    if padding == "causal":
+        span = window.dilations[0] * (window.size[0] - 1)
+        x, padding = tf.pad(x, [[0, 0], [span, 0], [0, 0]]), "valid"
+    projected = keras.ops.conv(
+        x, filters, window.strides, padding, "channels_last", window.dilations
+    )
+    return tf.reshape(projected, [x.shape[0], -1, matrix.shape[-1]])
+
+
+def slices(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
+    """What each output position of a convolution sees at each position in its window.
+
+    Args:
+      x: float32 [B, *spatial, C].
+      window: K positions.
+
+    Returns:
+      K tensors [B, P, C], in row-major order, as P is.
+
+    Raises:
+      NotImplementedError: a padding that is not known.
+    """
+    rank = len(window.size)
+    shape = tf.shape(x)
+    paddings, counts = [], []
+    for i in range(rank):
+        size = x.shape[1 + i] or shape[1 + i]
+        stride = window.strides[i]
+        span = window.dilations[i] * (window.size[i] - 1) + 1
+        if window.padding == "same":
+            count = -(-size // stride)
+            total = _at_least_zero((count - 1) * stride + span - size)
+            paddings.append([total // 2, total - total // 2])
+        elif window.padding == "causal":
+            count = -(-size // stride)
+            paddings.append([span - 1, 0])
+        elif window.padding == "valid":
+            count = (size - span) // stride + 1
+            paddings.append([0, 0])
+        else:
+            raise NotImplementedError(f"padding={window.padding}")
+        counts.append(count)
+    padded = tf.pad(x, [[0, 0], *paddings, [0, 0]])
+    positions = math.prod(counts) if all(isinstance(n, int) for n in counts) else -1
+    parts = []
+    for offsets in itertools.product(*map(range, window.size)):
+        begins = [o * d for o, d in zip(offsets, window.dilations, strict=True)]
+        places = [
+            slice(begin, begin + (count - 1) * stride + 1, stride)
+            for begin, count, stride in zip(begins, counts, window.strides, strict=True)
+        ]
+        part = padded[(slice(None), *places)]
+        parts.append(tf.reshape(part, [x.shape[0], positions, x.shape[-1]]))
+    return parts
+
+
+def _at_least_zero(n: Any) -> Any:
+    return max(n, 0) if isinstance(n, int) else tf.maximum(n, 0)
 
 
 def _sum_squares(x: tf.Tensor) -> tf.Tensor:

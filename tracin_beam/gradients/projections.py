@@ -14,14 +14,14 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients import forms
-from tracin_beam.gradients.forms import Form, Full, Outer, Rows
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Windowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Projection(Protocol):
 Factory = Callable[[int, int, Sequence[WeightSpec]], Projection]
 
 _PROJECTIONS: dict[str, Factory] = {}
+
+# To what a gradient matrix that sums over many positions is compressed before it is sketched:
+# inputs (of a dense layer, patches of a convolution) and outputs.
+_DENSE = (32, 32)
+_CONVOLUTION = (16, 64)
 
 
 def projection(name: str) -> Callable[[Factory], Factory]:
@@ -92,15 +97,20 @@ class CountSketch:
     """CountSketch, and TensorSketch where the gradient is an outer product.
 
     The entry (i, j) of a gradient G of shape [m, n] is added, with sign s(i) s'(j), to the
-    entry h(i) + h'(j) mod dim (Charikar, Chen and Farach-Colton, ICALP 2002; for outer products
-    Pham and Pagh, KDD 2013). The signs are random; the places need not be, for the estimate to
-    be unbiased: h(i) = i on the wider side, and h'(j) = q·j on the narrower, with q the largest
-    that lets them all fit.
+    entry o + h(i) + h'(j) mod dim (Charikar, Chen and Farach-Colton, ICALP 2002; for outer
+    products Pham and Pagh, KDD 2013). The signs are random; the places need not be, for the
+    estimate to be unbiased: h(i) = i on the wider side, and h'(j) = q·j on the narrower, with q
+    the largest that lets them all fit. The weight's offset o is random, or else all biases would
+    share the first few places.
 
     For one outer product a ⊗ g the sketch is the circular convolution of those of a and g,
     computed by FFT, and the sketches of all such weights are added up as spectra, so that one
     inverse FFT is enough. As h' leaves q − 1 zeros between entries, the spectrum of g's sketch is
-    that of a vector q times shorter, repeated.
+    that of a vector q times shorter, repeated, if q divides dim.
+
+    A gradient that sums over many positions, of a convolution or of a dense layer over tokens, is
+    first compressed from both sides, A G B with random signs in A and B, before it is written out:
+    unbiased all the same, and as such gradients are far from rank one, nearly as accurate.
     """
 
     def __init__(self, dim: int, seed: int, weights: Sequence[WeightSpec]) -> None:
@@ -109,18 +119,56 @@ class CountSketch:
         self._seed = seed
 
     def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
-        sketches, spectra = [], []
+        sketches = []
+        products: list[tuple[WeightSpec, Outer]] = []
         for spec, form in gradients:
             match form:
                 case Outer() if _few_positions(form, self.dim):
-                    spectra.append(self._outer_spectrum(spec, form))
+                    products.append((spec, form))
                 case Rows():
                     sketches.append(self._rows(spec, form))
+                case Outer() | Windowed():
+                    sketches.append(self._full(*self._compressed(spec, form)))
                 case _:
                     sketches.append(self._full(spec, form))
-        if spectra:
-            sketches.append(tf.signal.irfft(tf.add_n(spectra), [self.dim]))
+        if products:
+            sketches.append(self._convolved(products))
         return tf.add_n(sketches)
+
+    def _convolved(self, products: Sequence[tuple[WeightSpec, Outer]]) -> tf.Tensor:
+        """The sum of the sketches of outer products, with one inverse FFT for all."""
+        specs = [spec for spec, _ in products]
+
+        def compute(factors: Sequence[Outer]) -> tf.Tensor:
+            spectra = []
+            for spec, form in zip(specs, factors, strict=True):
+                matrix = self._matrix(spec, form)
+                left = _spectrum(form.left * matrix.row_signs, matrix.row_step, self.dim)
+                right = _spectrum(form.right * matrix.column_signs, matrix.column_step, self.dim)
+                spectra.append(tf.reduce_sum(left * right, axis=1) * matrix.shift)
+            return tf.signal.irfft(sum(spectra[1:], spectra[0]), [self.dim])
+
+        if not tf.executing_eagerly():
+            # The many small steps are worth compiling into one.
+            compute = tf.function(compute, jit_compile=True, autograph=False)
+        return compute([form for _, form in products])
+
+    def _compressed(self, spec: WeightSpec, form: Outer | Windowed) -> tuple[WeightSpec, Form]:
+        """A G B with random signs in A and B, where both sides are wide, else G."""
+        n = form.right.shape[-1]
+        m = form.rows if isinstance(form, Windowed) else form.left.shape[-1]
+        rows, columns = _CONVOLUTION if isinstance(form, Windowed) else _DENSE
+        rows, columns = min(m, rows), min(n, columns)
+        if m * n <= max(2 * rows * columns, self.dim):
+            return spec, form
+        right = form.right
+        if columns < n:
+            signs = random_signs(n * columns, self._seed, spec, "right").reshape(n, columns)
+            right = tf.tensordot(right, signs / np.float32(math.sqrt(columns)), 1)
+        signs = random_signs(m * rows, self._seed, spec, "left").reshape(m, rows)
+        left = forms.project_left(form, signs / np.float32(math.sqrt(rows)))
+        value = tf.reshape(tf.matmul(left, right, transpose_a=True), [-1, rows * columns])
+        return WeightSpec(spec.path, (rows, columns)), Full(value)
 
     def _matrix(self, spec: WeightSpec, form: Form) -> "_Matrix":
         if isinstance(form, Outer):
@@ -131,14 +179,12 @@ class CountSketch:
             m, n = spec.size, 1
         return _Matrix(self.dim, self._seed, spec, m, n)
 
-    def _outer_spectrum(self, spec: WeightSpec, form: Outer) -> tf.Tensor:
-        matrix = self._matrix(spec, form)
-        left = _spectrum(form.left * matrix.row_signs, matrix.row_step, self.dim)
-        right = _spectrum(form.right * matrix.column_signs, matrix.column_step, self.dim)
-        return tf.reduce_sum(left * right, axis=1)
-
     def _full(self, spec: WeightSpec, form: Form) -> tf.Tensor:
         matrix = self._matrix(spec, form)
+        if len(spec.shape) == 1 and spec.size <= self.dim:
+            value = forms.materialise(form, spec.shape) * matrix.row_signs
+            value = tf.pad(value, [[0, 0], [0, self.dim - spec.size]])
+            return tf.roll(value, matrix.offset, axis=1)
         signs = np.outer(matrix.row_signs, matrix.column_signs).reshape(-1)
         value = forms.materialise(form, spec.shape) * signs
         places = matrix.row_places[:, None] + matrix.column_places[None, :]
@@ -152,7 +198,7 @@ class CountSketch:
         ids = tf.cast(form.ids, tf.int64)
         signs = tf.gather(tf.constant(matrix.row_signs), ids)
         value = form.rows * matrix.column_signs * signs[..., None]
-        places = (ids * matrix.row_step)[..., None] + matrix.column_places
+        places = (matrix.offset + ids * matrix.row_step)[..., None] + matrix.column_places
         batch = tf.shape(ids, out_type=tf.int64)[0]
         places = places % self.dim + (tf.range(batch) * self.dim)[:, None, None]
         summed = tf.math.unsorted_segment_sum(
@@ -188,8 +234,19 @@ class _Matrix:
         return random_signs(self.n, self.seed, self.spec, "columns")
 
     @property
+    def offset(self) -> int:
+        digest = hashlib.blake2b(_key(self.seed, self.spec, "offset"), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % self.dim
+
+    @property
+    def shift(self) -> np.ndarray:
+        """The offset in the frequency domain: complex64 [dim//2 + 1]."""
+        bins = np.arange(self.dim // 2 + 1)
+        return np.exp(-2j * np.pi * (bins * self.offset % self.dim) / self.dim).astype(np.complex64)
+
+    @property
     def row_places(self) -> np.ndarray:
-        return np.arange(self.m, dtype=np.int64) * self.row_step
+        return self.offset + np.arange(self.m, dtype=np.int64) * self.row_step
 
     @property
     def column_places(self) -> np.ndarray:
@@ -197,24 +254,33 @@ class _Matrix:
 
 
 def _stride(length: int, dim: int) -> int:
-    """The largest divisor q of dim for which length places, q apart, fit into dim."""
-    return next((q for q in range(dim // length, 0, -1) if dim % q == 0), 1)
+    """How far apart length places may lie to fit into dim; a divisor of it, if one comes near."""
+    most = max(dim // length, 1)
+    return next((q for q in range(most, most // 2, -1) if dim % q == 0), most)
 
 
 def _spectrum(x: tf.Tensor, step: int, dim: int) -> tf.Tensor:
-    """Spectrum of the sketch with places step·i mod dim: [B, P, m] to complex64 [B, P, dim//2+1]."""
-    short = dim // step
+    """Spectrum of a sketch with places step·i mod dim: [B, P, m] to complex64 [B, P, dim//2+1]."""
+    divides = dim % step == 0
+    if not divides:
+        apart = tf.pad(x[..., None], [[0, 0], [0, 0], [0, 0], [0, step - 1]])
+        x = tf.reshape(apart, [*_leading(x), x.shape[-1] * step])
+    short = dim // step if divides else dim
     length = x.shape[-1]
     folds = -(-length // short)
     x = tf.pad(x, [[0, 0], [0, 0], [0, folds * short - length]])
     if folds > 1:
-        batch, positions = tf.shape(x)[0], tf.shape(x)[1]
-        x = tf.reduce_sum(tf.reshape(x, [batch, positions, folds, short]), axis=2)
-    if step == 1:
+        x = tf.reduce_sum(tf.reshape(x, [*_leading(x), folds, short]), axis=2)
+    if short == dim:
         return tf.signal.rfft(x)
     spectrum = tf.signal.fft(tf.cast(x, tf.complex64))
     bins = dim // 2 + 1
     return tf.tile(spectrum, [1, 1, -(-bins // short)])[..., :bins]
+
+
+def _leading(x: tf.Tensor) -> list[Any]:
+    shape = tf.shape(x)
+    return [shape[0], shape[1]]
 
 
 def _few_positions(form: Outer, dim: int) -> bool:
@@ -223,7 +289,7 @@ def _few_positions(form: Outer, dim: int) -> bool:
     if positions is None:
         return False
     m, n = form.left.shape[-1], form.right.shape[-1]
-    return bool(positions * dim <= m * n)
+    return bool(positions == 1 or positions * dim <= m * n)
 
 
 @projection("kronecker")
@@ -245,16 +311,16 @@ class Kronecker:
         return tf.add_n([self._one(spec, form) for spec, form in gradients])
 
     def _one(self, spec: WeightSpec, form: Form) -> tf.Tensor:
-        k, l = self._k, self.dim // self._k
+        k, width = self._k, self.dim // self._k
         if isinstance(form, Outer):
             a = self._gaussian(spec, "rows", form.left.shape[-1], k)
-            b = self._gaussian(spec, "columns", form.right.shape[-1], l)
+            b = self._gaussian(spec, "columns", form.right.shape[-1], width)
             left, right = tf.tensordot(form.left, a, 1), tf.tensordot(form.right, b, 1)
             projected = tf.matmul(left, right, transpose_a=True)
         elif isinstance(form, Rows):
             # Rows of A by id, so that the vocabulary is never multiplied through.
             a = self._gaussian(spec, "rows", spec.shape[0], k)
-            b = self._gaussian(spec, "columns", spec.shape[1], l)
+            b = self._gaussian(spec, "columns", spec.shape[1], width)
             left, right = tf.gather(a, form.ids), tf.tensordot(form.rows, b, 1)
             projected = tf.matmul(left, right, transpose_a=True)
         else:
@@ -263,7 +329,7 @@ class Kronecker:
                 return tf.matmul(value, self._gaussian(spec, "whole", spec.size, self.dim))
             n = spec.shape[-1]
             a = self._gaussian(spec, "rows", spec.size // n, k)
-            b = self._gaussian(spec, "columns", n, l)
+            b = self._gaussian(spec, "columns", n, width)
             matrix = tf.reshape(value, [-1, spec.size // n, n])
             projected = tf.einsum("bmn,mk,nl->bkl", matrix, a, b)
         return tf.reshape(projected, [-1, self.dim])
@@ -292,12 +358,13 @@ class Gaussian:
 
     def _one(self, spec: WeightSpec, form: Form) -> tf.Tensor:
         value = forms.materialise(form, spec.shape)
-        blocks = -(-spec.size // self._BLOCK)
-        value = tf.pad(value, [[0, 0], [0, blocks * self._BLOCK - spec.size]])
+        size = min(spec.size, self._BLOCK)
+        blocks = -(-spec.size // size)
+        value = tf.pad(value, [[0, 0], [0, blocks * size - spec.size]])
 
         def add(i: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            block = _gaussian_block(self._seed, spec, "whole", self._BLOCK, self.dim, i)
-            part = value[:, i * self._BLOCK : (i + 1) * self._BLOCK]
+            block = _gaussian_block(self._seed, spec, "whole", size, self.dim, i)
+            part = value[:, i * size : (i + 1) * size]
             return i + 1, total + tf.matmul(part, block)
 
         start = tf.zeros([tf.shape(value)[0], self.dim])

@@ -24,7 +24,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tracin_beam.gradients.forms import Form, Full, Outer, Rows, full
+from tracin_beam.gradients import forms
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Window, Windowed, full
 
 Contributions = list[tuple[keras.Variable, Form]]
 Rule = Callable[[Any, tf.Tensor, tf.Tensor], Contributions]
@@ -76,8 +77,10 @@ def rule_for(layer: keras.layers.Layer) -> Rule | None:
 @rule(keras.layers.Dense)
 def dense(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     """Inputs [B, ..., m], outputs [B, ..., n]."""
-    out: Contributions = [(layer._kernel, Outer(_positions(x), _positions(g)))]
-    return out + _bias(layer, g)
+    contributions: Contributions = [(layer._kernel, Outer(_positions(x), _positions(g)))]
+    if layer.bias is not None:
+        contributions.append((layer.bias, Full(tf.reduce_sum(_positions(g), axis=1))))
+    return contributions
 
 
 @rule(keras.layers.EinsumDense)
@@ -89,6 +92,10 @@ def einsum_dense(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     contributions: Contributions = []
     # Axes of the bias are those of its shape (bias_axes) against the output's, from the right.
     if layer.bias is not None:
+        aligned = [1] * (g.shape.rank - len(layer.bias.shape)) + list(layer.bias.shape)
+        long = [i for i, n in enumerate(aligned) if n > 1]
+        if len(long) == 1:
+            _check_bias_axis(aligned[long[0]], long[0], g.shape)
         contributions.append((layer.bias, full(_sum_to(g, layer.bias.shape))))
 
     rows = "".join(label for label in kernel if label not in outputs)
@@ -113,44 +120,38 @@ def einsum_dense(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
 @rule(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 def conv(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     """Kernel [*window, channels / groups, filters]."""
-    x, g = _channels_last(layer, x), _channels_last(layer, g)
-    patches = _patches(
-        x, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, g.shape
-    )
-    right = _positions(g)
-    bias: Contributions = []
-    if layer.use_bias:
-        bias = [(layer.bias, Full(tf.reduce_sum(right, axis=1)))]
+    bias = _channel_bias(layer, g)
+    x = tf.cast(_channels_last(layer, x), tf.float32)
+    right = _positions(_channels_last(layer, g))
+    window = _window(layer)
     if layer.groups == 1:
-        window, channels = patches.shape[2:]
-        left = tf.reshape(patches, [x.shape[0], -1, window * channels])
-        return [(layer._kernel, Outer(left, right)), *bias]
-    batch, _, window, channels = patches.shape
-    grouped = tf.reshape(
-        patches, [batch, -1, window, layer.groups, channels // layer.groups]
-    )
+        return [(layer._kernel, Windowed(x, right, window)), *bias]
+    batch, channels = x.shape[0], x.shape[-1] // layer.groups
     outputs = tf.reshape(right, [batch, -1, layer.groups, layer.filters // layer.groups])
-    gradient = tf.einsum("bpwgc,bpgn->bwcgn", grouped, outputs)
-    return [(layer._kernel, full(gradient)), *bias]
+    gradients = [
+        tf.einsum("bpgc,bpgn->bcgn", tf.reshape(part, [batch, -1, layer.groups, channels]), outputs)
+        for part in forms.slices(x, window)
+    ]
+    return [(layer._kernel, full(tf.stack(gradients, axis=1))), *bias]
 
 
 @rule(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 def depthwise_conv(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
-    """Kernel [*window, channels, multiplier]; output channels in the order (channel, multiplier)."""
+    """Kernel [*window, channels, multiplier]; outputs in the order (channel, multiplier)."""
+    bias = _channel_bias(layer, g)
     x, g = _channels_last(layer, x), _channels_last(layer, g)
-    contributions: Contributions = [(layer.kernel, full(_depthwise(layer, x, g)))]
-    if layer.use_bias:
-        contributions.append((layer.bias, Full(tf.reduce_sum(_positions(g), axis=1))))
-    return contributions
+    return [(layer.kernel, full(_depthwise(layer, x, g))), *bias]
 
 
 @rule(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 def separable_conv(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     """A depthwise convolution, y, and a dense layer over its channels."""
-    x, g = _channels_last(layer, x), _channels_last(layer, g)
+    bias = _channel_bias(layer, g)
+    x = tf.cast(_channels_last(layer, x), tf.float32)
+    g = tf.cast(_channels_last(layer, g), tf.float32)
     y = keras.ops.depthwise_conv(
         x,
-        layer.depthwise_kernel,
+        tf.cast(layer.depthwise_kernel.value, tf.float32),
         strides=layer.strides,
         padding=layer.padding,
         dilation_rate=layer.dilation_rate,
@@ -159,31 +160,21 @@ def separable_conv(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     pointwise = tf.reshape(
         tf.cast(layer.pointwise_kernel.value, tf.float32), [y.shape[-1], layer.filters]
     )
-    through = tf.tensordot(tf.cast(g, tf.float32), pointwise, axes=[[-1], [1]])
-    contributions: Contributions = [
+    through = tf.tensordot(g, pointwise, axes=[[-1], [1]])
+    return [
         (layer.depthwise_kernel, full(_depthwise(layer, x, through))),
         (layer.pointwise_kernel, Outer(_positions(y), _positions(g))),
+        *bias,
     ]
-    if layer.use_bias:
-        contributions.append((layer.bias, Full(tf.reduce_sum(_positions(g), axis=1))))
-    return contributions
 
 
-@rule(
-    keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose
-)
+@rule(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 def conv_transpose(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
-    """Kernel [*window, filters, channels]: a convolution of g whose outputs are at x's positions."""
+    """Kernel [*window, filters, channels]: a convolution of g with outputs at x's positions."""
+    bias = _channel_bias(layer, g)
     x, g = _channels_last(layer, x), _channels_last(layer, g)
-    patches = _patches(
-        g, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, x.shape
-    )
-    batch, _, window, filters = patches.shape
-    left = tf.reshape(patches, [batch, -1, window * filters])
-    contributions: Contributions = [(layer.kernel, Outer(left, _positions(x)))]
-    if layer.use_bias:
-        contributions.append((layer.bias, Full(tf.reduce_sum(_positions(g), axis=1))))
-    return contributions
+    form = Windowed(tf.cast(g, tf.float32), _positions(x), _window(layer))
+    return [(layer.kernel, form), *bias]
 
 
 @rule(keras.layers.Embedding)
@@ -202,8 +193,8 @@ def layer_normalization(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions
 
 @rule(keras.layers.RMSNormalization)
 def rms_normalization(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
-    """γ only, called scale."""
-    axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+    """γ only, called scale, which Keras multiplies with the last axes whatever layer.axis is."""
+    axes = range(-len(layer.scale.shape), 0)
     return _scale_and_offset(layer, x, g, axes, layer.scale, None)
 
 
@@ -241,10 +232,22 @@ def _scale_and_offset(
     return contributions
 
 
-def _bias(layer: Any, g: tf.Tensor) -> Contributions:
-    if layer.bias is None:
+def _channel_bias(layer: Any, g: tf.Tensor) -> Contributions:
+    """The bias of a convolution, g in the layer's own data format."""
+    if not layer.use_bias:
         return []
-    return [(layer.bias, Full(tf.reduce_sum(_positions(g), axis=1)))]
+    channels = layer.bias.shape[0]
+    _check_bias_axis(channels, -1 if layer.data_format == "channels_last" else 1, g.shape)
+    gradient = tf.reduce_sum(_positions(_channels_last(layer, g)), axis=1)
+    return [(layer.bias, Full(gradient))]
+
+
+def _check_bias_axis(length: int, axis: int, shape: tf.TensorShape) -> None:
+    # keras.ops.add takes a vector for one along the last axis, or the second, if only it fits.
+    if length > 1:
+        fitting = [i for i in (shape.rank - 1, 1) if shape[i] == length]
+        if fitting and fitting[0] != axis % shape.rank:
+            raise NotImplementedError(f"a bias of {length} that Keras adds along another axis")
 
 
 def _positions(x: tf.Tensor) -> tf.Tensor:
@@ -262,84 +265,30 @@ def _channels_last(layer: Any, x: tf.Tensor) -> tf.Tensor:
     return tf.transpose(x, [0, *range(2, x.shape.rank), 1])
 
 
-def _patches(
-    x: tf.Tensor,
-    window: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    padding: str,
-    output_shape: tf.TensorShape,
-) -> tf.Tensor:
-    """What each output position of a convolution sees: [B, *spatial, C] to float32 [B, P, K, C].
-
-    P counts the output positions and K the positions in the window, both in row-major order.
-    """
-    x = tf.cast(x, tf.float32)
-    rank = len(window)
-    shape = tf.shape(x)
-    sizes = [x.shape[1 + i] or shape[1 + i] for i in range(rank)]
-    spans = [dilations[i] * (window[i] - 1) + 1 for i in range(rank)]
-    paddings = []
-    outputs = []
-    for size, span, stride in zip(sizes, spans, strides, strict=True):
-        if padding == "same":
-            count = -(-size // stride)
-            total = _at_least_zero((count - 1) * stride + span - size)
-            paddings.append([total // 2, total - total // 2])
-        elif padding == "causal":
-            paddings.append([span - 1, 0])
-            count = -(-size // stride)
-        else:
-            paddings.append([0, 0])
-            count = (size - span) // stride + 1
-        outputs.append(count)
-    x = tf.pad(x, [[0, 0], *paddings, [0, 0]])
-    slices = []
-    for offset in range(math.prod(window)):
-        begin, remainder = [], offset
-        for i in reversed(range(rank)):
-            begin.insert(0, (remainder % window[i]) * dilations[i])
-            remainder //= window[i]
-        index = tuple(
-            slice(begin[i], begin[i] + (outputs[i] - 1) * strides[i] + 1, strides[i])
-            for i in range(rank)
-        )
-        slices.append(x[(slice(None), *index)])
-    stacked = tf.stack(slices, axis=-2)
-    known = output_shape[1:-1]
-    positions = math.prod(known) if known.is_fully_defined() else -1
-    return tf.reshape(stacked, [x.shape[0], positions, len(slices), x.shape[-1]])
-
-
-def _at_least_zero(n: Any) -> Any:
-    return max(n, 0) if isinstance(n, int) else tf.maximum(n, 0)
+def _window(layer: Any) -> Window:
+    return Window(layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
 
 
 def _depthwise(layer: Any, x: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
     """∂ℓ_b/∂K [B, *window, C, M] of a depthwise convolution."""
-    patches = _patches(
-        x, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, g.shape
-    )
-    batch, _, _, channels = patches.shape
-    outputs = tf.reshape(
-        tf.cast(g, tf.float32), [batch, -1, channels, layer.depth_multiplier]
-    )
-    gradient = tf.einsum("bpwc,bpcm->bwcm", patches, outputs)
-    return tf.reshape(
-        gradient, [batch, *layer.kernel_size, channels, layer.depth_multiplier]
-    )
+    x, right = tf.cast(x, tf.float32), _positions(g)
+    batch, channels = x.shape[0], x.shape[-1]
+    outputs = tf.reshape(right, [batch, -1, channels, layer.depth_multiplier])
+    gradients = [
+        tf.einsum("bpc,bpcm->bcm", part, outputs) for part in forms.slices(x, _window(layer))
+    ]
+    shape = [batch, *layer.kernel_size, channels, layer.depth_multiplier]
+    return tf.reshape(tf.stack(gradients, axis=1), shape)
 
 
 def _sum_to(g: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    """Sums [B, ...] over what broadcasting a weight of this shape along it repeated: [B, *shape]."""
+    """Sums [B, ...] over what broadcasting such a weight along it repeated: [B, *shape]."""
     g = tf.cast(g, tf.float32)
     axes = range(1, g.shape.rank)
     aligned = [1] * (g.shape.rank - len(shape)) + list(shape)
     if aligned[0] != 1:
         raise NotImplementedError("a bias along the batch axis")
-    summed = tf.reduce_sum(
-        g, axis=[i for i in axes if aligned[i] == 1], keepdims=True
-    )
+    summed = tf.reduce_sum(g, axis=[i for i in axes if aligned[i] == 1], keepdims=True)
     return tf.reshape(summed, [g.shape[0], *shape])
 
 

@@ -107,7 +107,8 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = []
     if method := run.get("method"):
         facts.append(("Method", printable(method)))
-    for side, name in (("train", "Training data"), ("test", "Test data")):
+    test_name = str(_dict(run, "config").get("test_name") or "test")
+    for side, name in (("train", "Training data"), (test_name, "Test data")):
         if counts := _counts(_dict(_dict(run, "counts"), side)):
             facts.append((name, counts))
     if checkpoints := _checkpoints(run.get("checkpoints")):
