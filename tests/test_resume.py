@@ -53,7 +53,7 @@ def patched(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(module, name, patched)
-from tracin_beam.jobs import main
+from tracin_beam.launch import main
 sys.exit(main(stage, "", sys.argv[5:]))
 """
 

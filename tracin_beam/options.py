@@ -237,7 +237,7 @@ def _check(config: Config) -> None:
             "raise it, or turn rescoring off with 0."
         )
     name = config.test_name
-    if name in ("train", "", ".", "..") or any(c in name for c in "/\\*?[]"):
+    if name in ("train", "", ".", "..") or any(c in name for c in "=/\\*?[]"):
         raise InputError(f"--test_name={name}: take a plain name, other than 'train'.")
     if any(c in config.output for c in "*?[]"):
         raise InputError(f"--output={config.output}: take a path without any of * ? [ ].")

@@ -8,7 +8,7 @@
     influence/<test name>/                      influence-*.parquet, report.html, done.json
     evaluation/<test name>/<shard>.parquet      exact scores of the queries that recall is of
     self_influence/                             self_influence-*.parquet
-    rejected/<set>-<shard>.jsonl
+    rejected/<set>=<shard>.jsonl
 
 A set is "train" or the name of a test set.
 """
@@ -128,7 +128,7 @@ class Output:
         return self.embeddings(unit.set_name, unit.checkpoint.step, unit.shard)
 
     def rejected(self, set_name: str, shard: Shard) -> str:
-        return self.path("rejected", f"{set_name}-{shard.name}.jsonl")
+        return self.path("rejected", f"{set_name}={shard.name}.jsonl")
 
     def partition(self, number: int, *parts: str) -> str:
         return self.path("index", f"part-{number:05d}", *parts)

@@ -121,7 +121,7 @@ def test_unbiased_and_variance(name, case, seeds):
 
 
 def compression_variance(case):
-    """What A U B with random signs in A [k, m] and B [n, l] adds: the sum of both sides' variances."""
+    """What random signs A [k, m] and B [n, l] add in A U B: the sum of both sides' variances."""
     shape, make, _ = CASES[case]
     form = make(np.random.default_rng(5))
     columns = form.right.shape[-1]

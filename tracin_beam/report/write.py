@@ -9,7 +9,7 @@ from tracin_beam.report.show import Shown, show_features
 from tracin_beam.report.view import places_shown
 
 if TYPE_CHECKING:
-    from tracin_beam.jobs import Run
+    from tracin_beam.preflight import Run
     from tracin_beam.workers import Loaded
 
 
