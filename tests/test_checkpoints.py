@@ -425,6 +425,14 @@ def test_weights_files_of_keras_know_their_steps(tmp_path):
     assert [c.step for c in read_checkpoints(spec, 0.1)] == [4, 8, 12]
 
 
+def test_weights_files_whose_optimizer_did_not_train(tmp_path):
+    model = compiled()
+    for number in (3, 20, 100):
+        model.save_weights(tmp_path / f"w-{number}.weights.h5")
+    found = read_checkpoints(str(tmp_path / "*.weights.h5"), 0.1)
+    assert [c.step for c in found] == [3, 20, 100]
+
+
 def test_two_files_of_the_same_step(tmp_path):
     model = compiled()
     fit(model, epochs=1)

@@ -43,7 +43,7 @@ def read_checkpoints(
     Args:
         spec: a directory that `TracInCheckpoint` wrote; or a glob, or a comma separated list, of
             the `.weights.h5` or `.keras` files that Keras's `ModelCheckpoint` writes. Such files
-            are put in the order of their optimizer's step count if all hold one, else of their
+            are put in the order of their optimizer's step counts if all hold one, else of their
             names with numbers taken as numbers; then `step` is the first number in their base names
             if that rises strictly, else 1, 2, ...
         learning_rate: one for all checkpoints, or one for each in training order. Needed for
@@ -162,7 +162,8 @@ def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> lis
         _check_suffix(path)
     steps: dict[str, int | None] = {path: _iterations(path) for path in paths}
     counted = {path: step for path, step in steps.items() if step is not None}
-    if len(counted) == len(paths):
+    # They are all 0 where the optimizer was not what trained the model.
+    if len(counted) == len(paths) and any(counted.values()):
         paths.sort(key=lambda path: counted[path])
     else:
         paths.sort(key=_natural_key)

@@ -160,8 +160,8 @@ def searcher(matrix: np.ndarray) -> Any:
     return (
         builder.tree(
             num_leaves=leaves,
-            num_leaves_to_search=max(1, leaves // 4),
-            training_sample_size=min(rows, 64 * leaves),
+            num_leaves_to_search=max(1, leaves // 2),
+            training_sample_size=min(rows, 100_000),
         )
         .score_ah(2, anisotropic_quantization_threshold=0.2)
         .reorder(1000)

@@ -205,3 +205,36 @@ def test_what_a_model_may_not_be():
 
     with pytest.raises(InputError, match="does not take what parse gives"):
         engine_of(task_of(misfit, FEATURES, CLASSES, LOSS), N)
+
+
+def test_threads_share_large_sums():
+    # TensorFlow's memory optimiser rewrites sums of large tensors, as residual connections have
+    # them in their backward pass, in a way that does not stand two runs at a time.
+    def residual():
+        inputs = keras.Input((64, 64, 3))
+        x = L.Conv2D(16, 3, padding="same")(inputs)
+        for _ in range(4):
+            y = L.Conv2D(16, 3, padding="same", activation="relu")(x)
+            x = L.Add()([x, y, L.Conv2D(16, 1)(x)])
+        return keras.Model(inputs, L.Dense(3)(L.GlobalAveragePooling2D()(x)))
+
+    features = rng.normal(size=(64, 64, 64, 3)).astype("float32")
+    task = task_of(residual, features, np.arange(64) % 3, LOSS)
+    engine, batch = engine_of(task, 64, batch_size=64)
+    values = values_of(engine.model)
+    expected = engine.embed(values, batch).embedding
+    failures = []
+
+    def work():
+        try:
+            for _ in range(2):
+                assert_close(engine.embed(values, batch).embedding, expected)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -15,6 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.utils.naming import to_snake_case
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
+from tensorflow.python.eager import context as eager_context
 
 from tracin_beam import checkpoints, losses, nests
 from tracin_beam.errors import InputError, reason
@@ -243,7 +245,7 @@ class Engine:
         """
         function = self._function("embed", target)
         parts = [
-            [x.numpy()[: part.size] for x in function(values, self._padded(part))]
+            [x.numpy()[: part.size] for x in _run(function, values, self._padded(part))]
             for part in self._parts(batch)
         ]
         return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
@@ -253,7 +255,7 @@ class Engine:
         if batch.size > self.batch_size:
             raise ValueError(f"{batch.size} queries; at most {self.batch_size} at a time")
         function = self._function("queries", target)
-        return Queries(batch.size, list(function(values, self._padded(batch))))
+        return Queries(batch.size, list(_run(function, values, self._padded(batch))))
 
     def scores(
         self, values: list[tf.Tensor], batch: Batch, queries: Queries, target: str = "loss"
@@ -272,7 +274,7 @@ class Engine:
         self._function("queries", target)
         function = self._function("scores", target)
         parts = [
-            function(values, self._padded(part), queries.gradients).numpy()[
+            _run(function, values, self._padded(part), queries.gradients).numpy()[
                 : part.size, : queries.size
             ]
             for part in self._parts(batch)
@@ -299,7 +301,7 @@ class Engine:
         batch = batch.take(range(min(batch.size, 2)))
         norms = self.embed(values, batch).squared_norm
         if self.config.norms != "exact":
-            norms = self._function("norms", "loss")(values, self._padded(batch)).numpy()
+            norms = _run(self._function("norms", "loss"), values, self._padded(batch)).numpy()
         dtypes = {layer.compute_dtype for layer in self.model._flatten_layers()}
         tolerance = max(_TOLERANCES.get(dtype, 1e-3) for dtype in dtypes)
         for i in range(batch.size):
@@ -459,6 +461,24 @@ class Engine:
         own = self._ready(self._gradients("loss", values, flat))
         products = [forms.dot(form, others[i]) for i, form in own if i in others]
         return tf.add_n(products)
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a traced function such that other threads may call it at the same time.
+
+    TensorFlow's memory optimiser keeps large sums in temporary variables whose names are those of
+    the operations: two runs of one function at a time clash (AlreadyExistsError).
+    """
+    context = eager_context.context()
+    before = context.function_call_options
+    config = config_pb2.ConfigProto.FromString(before.config_proto_serialized)
+    rewrite = config.graph_options.rewrite_options
+    rewrite.memory_optimization = rewriter_config_pb2.RewriterConfig.NO_MEM_OPT
+    context.function_call_options = eager_context.FunctionCallOptions(config_proto=config)
+    try:
+        return function(*arguments)
+    finally:
+        context.function_call_options = before
 
 
 def _squared_norm(captured: capture.Captured) -> tf.Tensor:
