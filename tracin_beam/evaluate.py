@@ -203,8 +203,8 @@ def summarise(
             "recall_projection": float(np.mean([alone for _, alone in mine])),
         }
     quality["correlation"] = {
-        "pearson": _mean([_correlation(p[:, 0], p[:, 1]) for p in pairs]),
-        "spearman": _mean([_correlation(_ranks(p[:, 0]), _ranks(p[:, 1])) for p in pairs]),
+        "pearson": _mean([correlation(p[:, 0], p[:, 1]) for p in pairs]),
+        "spearman": _mean([correlation(ranks(p[:, 0]), ranks(p[:, 1])) for p in pairs]),
     }
     return quality
 
@@ -214,14 +214,15 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(finite)) if finite else None
 
 
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; NaN where either side is constant."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing their mean rank."""
+def ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks from 0, equal values sharing their mean rank: float64, of the shape of x, [n]."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     first = np.cumsum(counts) - counts
     return (first + (counts - 1) / 2)[inverse]

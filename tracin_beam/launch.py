@@ -39,7 +39,7 @@ def main(stage: str, about: str, argv: Sequence[str] | None = None) -> int:
         if stage == "influence" and jobs.is_done(run):
             _log.info("nothing has changed since the tables were made")
         else:
-            _execute(stage, run, beam_options)
+            execute(stage, run, beam_options)
     except (InputError, OSError) as error:
         from tracin_beam.report.view import printable
 
@@ -49,7 +49,12 @@ def main(stage: str, about: str, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _execute(stage: str, run: Run, beam_options: PipelineOptions) -> None:
+def execute(stage: str, run: Run, beam_options: PipelineOptions) -> None:
+    """Runs a job's graph.
+
+    Raises:
+      InputError: what a worker says of the input.
+    """
     try:
         quiet: Any = _WithoutOurTraces(sys.stderr)
         with contextlib.redirect_stderr(quiet), beam.Pipeline(options=beam_options) as pipeline:

@@ -165,9 +165,7 @@ def per_example_gradients(
         with _recording(layers, tape, value_of, batch_size) as calls:
             quantity, auxiliary = forward(features, label, sample_weight)
         total = tf.reduce_sum(quantity)
-    outer, rest = _split(
-        tape.gradient(total, [[call.outputs for call in calls], sources]), len(calls)
-    )
+    outer, rest = tape.gradient(total, [[call.outputs for call in calls], sources])
     general = {i for i, gradient in enumerate(rest) if gradient is not None}
 
     found: dict[int, list[Form]] = {}
@@ -331,9 +329,3 @@ def _without_activation(layer: Any) -> Iterator[Callable[[tf.Tensor], tf.Tensor]
         yield activation
     finally:
         object.__setattr__(layer, "activation", activation)
-
-
-def _split(gradients: Any, count: int) -> tuple[list[Any], list[Any]]:
-    outer, rest = gradients
-    assert len(outer) == count
-    return list(outer), list(rest)
