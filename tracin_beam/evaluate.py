@@ -35,15 +35,15 @@ def sample_queries(tests: Iterable[ShardResult], sets: Sets, count: int) -> list
 
     They are those whose places have the smallest hashes, so that a new shard changes few.
     """
-    number = {shard.path: i for i, shard in enumerate(sets.test)}
     hashed = []
     for result in tests:
+        number = sets.test.index(result.shard)
         excluded = set(result.excluded)
         for position in range(result.read):
             if position not in excluded:
                 name = f"{result.shard.name}#{position}".encode()
                 key = hashlib.blake2b(name, digest_size=8).digest()
-                hashed.append((key, (number[result.shard.path], position)))
+                hashed.append((key, (number, position)))
     return sorted(query for _, query in sorted(hashed)[:count])
 
 
@@ -146,7 +146,7 @@ class Evaluate(beam.DoFn):
             ]
         )
         scores = shard_scores(self._sets, self._exact, result, queries, mark)
-        number = [shard.path for shard in self._sets.train].index(result.shard.path)
+        number = self._sets.train.index(result.shard)
         shard = np.full(len(scores.position), number, np.int32)
         step = max(1, len(shard) // _PAIRS)
         for i, query in enumerate(queries):

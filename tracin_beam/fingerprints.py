@@ -96,7 +96,7 @@ def _code(value: Any, depth: int = 0) -> Any:
         return sorted(items, key=repr) if isinstance(value, set | frozenset) else items
     if isinstance(value, str | int | float | bool | bytes | types.NoneType):
         return repr(value)
-    if "__repr__" in dir(type(value)) and repr(value) != object.__repr__(value):
+    if repr(value) != object.__repr__(value):
         return re.sub(r"0x[0-9a-f]+|_\d+(?=\W)", "", repr(value))
     return type(value).__qualname__
 

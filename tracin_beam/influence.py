@@ -137,10 +137,10 @@ def search(
 ) -> Iterator[tuple[Key, Scored]]:
     """The best candidates of one partition for every query, by estimated score."""
     number = {shard.path: i for i, shard in enumerate(sets.train)}
-    test_number = {shard.path: i for i, shard in enumerate(sets.test)}
     with index.loaded(sets.output, partition) as searcher:
         shard_number = np.array([number[path] for path in searcher.shards], np.int32)
         for result in tests:
+            test_number = sets.test.index(result.shard)
             paths = sets.files(sets.test_name, result.shard)
             for parts in embeddings.read_checkpoints(paths, result.excluded):
                 rows = index.rows_of(parts, sets.checkpoints)
@@ -152,7 +152,7 @@ def search(
                         for q, position in enumerate(positions):
                             hits = found[q][found[q] >= 0]
                             yield (
-                                ((test_number[result.shard.path], int(position)), role),
+                                ((test_number, int(position)), role),
                                 Scored(
                                     shard_number[searcher.code[hits]],
                                     searcher.position[hits],
@@ -373,10 +373,10 @@ def all_pairs(
     pairs = sum(r.used for r in train) * sum(r.used for r in tests)
     if pairs > _ALL_PAIRS or not result.used:
         return
-    number = [shard.path for shard in sets.train].index(result.shard.path)
+    number = sets.train.index(result.shard)
     positions = np.setdiff1d(np.arange(result.read), result.excluded)
     for test in tests:
-        test_number = [shard.path for shard in sets.test].index(test.shard.path)
+        test_number = sets.test.index(test.shard)
         for position in np.setdiff1d(np.arange(test.read), test.excluded):
             for role in ROLES:
                 yield number, (((test_number, int(position)), role), positions)
@@ -518,5 +518,4 @@ class Influence(beam.PTransform):
 
 
 def _nothing(result: ShardResult, sets: Sets) -> list[tuple[int, None]]:
-    paths = [shard.path for shard in sets.test]
-    return [(paths.index(result.shard.path), None)]
+    return [(sets.test.index(result.shard), None)]
