@@ -1,15 +1,15 @@
 """What the whole embed stage costs on this machine, against the bare pass over the same examples.
 
-    python embed_stage.py [--examples 20480] [--runner_flags '--runner=FnApiRunner …']
+    python embed_stage.py [--model mlp resnet20 transformer] [--runner_flags '--runner=…']
 
-An MLP on Fashion-MNIST: shards are read and parsed, gradients computed and projected, and
-embeddings written, at one checkpoint, on the runner that the launchers take by default. "Stage" is
-the Beam pipeline, "job" also the checks before it. The bare pass is taken before each and at the
-end.
+Shards are read and parsed, gradients computed and projected, and embeddings written, at one
+checkpoint, on the runner that the launchers take by default. "Stage" is the Beam pipeline, "job"
+also the checks before it, "rerun" a job that finds everything done: the start and the end of the
+others. The bare pass, forward and backward over all weights at the engine's batch size,
+TensorFlow alone, is taken before each and at the end.
 """
 
 import argparse
-import json
 import pathlib
 import tempfile
 import time
@@ -28,76 +28,95 @@ import models
 import tracin_beam
 
 task = tracin_beam.Task(
-    models.mlp,
+    models.{model},
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    {parser!r},
+    tracin_beam.{parser!r},
 )
 """
+EXAMPLES = {"mlp": 60_000, "resnet20": 20_480, "transformer": 2_048}
+NORMS = {"mlp": "exact", "resnet20": "sketched", "transformer": "sketched"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sibling = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--data", type=pathlib.Path, default=sibling)
-    parser.add_argument("--examples", type=int, default=20_480)
+    parser.add_argument("--model", nargs="+", default=list(EXAMPLES), choices=list(EXAMPLES))
+    parser.add_argument("--examples", type=int, help="of each model, repeated where data ends")
+    parser.add_argument("--norms", choices=["exact", "sketched"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--runner_flags", default="")
+    parser.add_argument("--flags", default="", help="more flags for the job")
     arguments = parser.parse_args()
-    work = workloads.load("mlp", arguments.data, arguments.examples, 1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        x, y = work.train
+    print("| model | examples | norms | what | seconds | ratio to bare pass | examples/s |")
+    print("|---|---|---|---|---|---|---|")
+    for name in arguments.model:
+        examples = arguments.examples or EXAMPLES[name]
+        norms = arguments.norms or NORMS[name]
+        flags = [f"--norms={norms}", *arguments.flags.split()]
+        taken = measure(name, arguments.data, examples, arguments.repeats, flags)
+        for what, seconds in taken.items():
+            print(
+                f"| {name} | {examples:,} | {norms} | {what} | {seconds:.2f} | "
+                f"{seconds / taken['bare pass']:.2f} | {examples / seconds:,.0f} |",
+                flush=True,
+            )
+
+
+def measure(
+    name: str, data: pathlib.Path, examples: int, repeats: int, flags: list[str]
+) -> dict[str, float]:
+    """Median seconds of stage, job, rerun and bare pass."""
+    work = workloads.load(name, data, examples, 1)
+    rows = np.arange(examples) % len(work.train[1])
+    x, y = work.train[0][rows], work.train[1][rows]
+    with tempfile.TemporaryDirectory() as folder:
         parse = tracin_beam.write_shards(
-            {"features": x, "label": y}, str(folder / "train-*.tfrecord"), shards=8
+            {"features": x, "label": y}, f"{folder}/train-*.tfrecord", shards=8
         )
-        text = TASK.replace("{parser!r}", f"tracin_beam.{parse!r}")
-        (folder / "mlp_task.py").write_text(text)
-        weights = folder / "checkpoint-1.weights.h5"
-        task, _ = load_task(f"{folder}/mlp_task.py:task")
+        task_file = pathlib.Path(folder) / f"{name}_task.py"
+        task_file.write_text(TASK.format(model=name, parser=parse))
+        weights = f"{folder}/checkpoint-1.weights.h5"
+        task, _ = load_task(f"{task_file}:task")
         model = task.model()
         for variable, value in zip(model.variables, work.values, strict=True):
             variable.assign(value)
         model.save_weights(weights)
-        stages, jobs, bares = [], [], []
-        for turn in range(arguments.repeats):
-            bares.append(bare_seconds(arguments.examples))
-            argv = [
-                f"--task={folder}/mlp_task.py:task",
-                f"--checkpoints={weights}",
-                "--learning_rate=0.1",
-                f"--train={folder}/train-*.tfrecord",
-                f"--output={folder}/out-{turn}",
-                *arguments.runner_flags.split(),
-            ]
-            config, beam_options = options.parse(argv)
+        times: dict[str, list[float]] = {"stage": [], "job": [], "rerun": [], "bare pass": []}
+        for turn in range(repeats):
+            config, beam_options = options.parse(
+                [
+                    f"--task={task_file}:task",
+                    f"--checkpoints={weights}",
+                    "--learning_rate=0.1",
+                    f"--train={folder}/train-*.tfrecord",
+                    f"--output={folder}/out-{turn}",
+                    *flags,
+                ]
+            )
             start = time.perf_counter()
             run = preflight.prepare(config, with_test=False)
             checked = time.perf_counter()
+            engine = run.source.get().engine
+            times["bare pass"].append(bare_seconds(name, examples, engine.batch_size))
+            resumed = time.perf_counter()
             launch.execute("embed", run, beam_options)
-            stages.append(time.perf_counter() - checked)
-            jobs.append(time.perf_counter() - start)
-        bares.append(bare_seconds(arguments.examples))
-    bare = float(np.median(bares))
-    for label, seconds in (("stage", np.median(stages)), ("job", np.median(jobs)), ("bare", bare)):
-        print(
-            json.dumps(
-                {
-                    "what": label,
-                    "seconds": round(float(seconds), 2),
-                    "ratio": round(float(seconds) / bare, 2),
-                    "examples/s": round(arguments.examples / float(seconds)),
-                }
-            )
-        )
+            times["stage"].append(time.perf_counter() - resumed)
+            times["job"].append(times["stage"][-1] + checked - start)
+            start = time.perf_counter()
+            launch.execute("embed", preflight.prepare(config, with_test=False), beam_options)
+            times["rerun"].append(time.perf_counter() - start)
+        times["bare pass"].append(bare_seconds(name, examples, engine.batch_size))
+    return {what: float(np.median(seconds)) for what, seconds in times.items()}
 
 
-def bare_seconds(examples: int, batch_size: int = 256) -> float:
+def bare_seconds(name: str, examples: int, batch_size: int) -> float:
     """Seconds of the bare pass over so many examples."""
-    task, task_parser, batch = engine_benchmark.random_batch("mlp", batch_size)
+    task, task_parser, batch = engine_benchmark.random_batch(name, batch_size)
     config = engine_benchmark.EngineConfig(batch_size=batch_size)
     engine = engine_benchmark.Engine(task, config, task_parser, batch)
     step = engine_benchmark.bare_pass(engine, batch)
-    taken = engine_benchmark.medians({"bare": step}, 41)["bare"]
+    repeats = max(5, min(41, 10_000 // batch_size))
+    taken = engine_benchmark.medians({"bare": step}, repeats)["bare"]
     return taken * examples / batch_size
 
 

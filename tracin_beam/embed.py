@@ -1,5 +1,7 @@
 """Shards × checkpoints → embedding files."""
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -42,15 +44,35 @@ def embed_records(
     Yields:
       The rows of the records that could be used, or None, and (position, reason) of the others.
     """
-    for waiting, bad in _batches(source, loaded.engine.batch_size):
-        rejected = [(record.position, record.reason) for record in bad]
-        batch, kept, refused = parse_records(loaded, waiting)
-        rejected += refused
+    for batch, kept, rejected in ahead(_parsed(loaded, source)):
         rows = None
         if batch is not None:
             rows, refused = _embed_batch(loaded, checkpoint, target, shard_name, batch, kept)
             rejected += [(place, f"{why} at step {checkpoint.step}") for place, why in refused]
         yield rows, sorted(rejected)
+
+
+def _parsed(
+    loaded: Loaded, source: Iterable[records.Record | records.BadRecord]
+) -> Iterator[tuple[Any, list[int], list[tuple[int, str]]]]:
+    """Parsed batches of records, as `parse_records` gives them, with what could not be read."""
+    for waiting, bad in _batches(source, loaded.engine.batch_size):
+        batch, kept, refused = parse_records(loaded, waiting)
+        yield batch, kept, [*((record.position, record.reason) for record in bad), *refused]
+
+
+def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+    """The items, made in a thread of its own, a few at most before they are asked for."""
+    iterator = iter(items)
+    end = object()
+    with concurrent.futures.ThreadPoolExecutor(1) as maker:
+        coming = collections.deque(maker.submit(next, iterator, end) for _ in range(count))
+        try:
+            while (item := coming.popleft().result()) is not end:
+                coming.append(maker.submit(next, iterator, end))
+                yield item
+        finally:
+            maker.shutdown(cancel_futures=True)
 
 
 def parse_records(
@@ -201,7 +223,7 @@ def embed_unit(output: Output, source: EngineSource, unit: Unit, max_rejected: f
     """
     loaded = source.get()
     path = output.unit(unit)
-    read = 0
+    read = used = 0
     rejected: list[tuple[int, str]] = []
 
     def counted() -> Iterator[records.Record | records.BadRecord]:
@@ -214,16 +236,19 @@ def embed_unit(output: Output, source: EngineSource, unit: Unit, max_rejected: f
     files.remove([path + ".json"])
     with files.atomic_write(path) as handle:
         writer = embeddings.EmbeddingWriter(handle)
-        for rows, refused in embed_records(
-            loaded, unit.checkpoint, unit.target, unit.shard.name, counted()
+        # Reading and parsing, computing, and writing each have a thread.
+        for rows, refused in ahead(
+            embed_records(loaded, unit.checkpoint, unit.target, unit.shard.name, counted())
         ):
             if rows is not None:
                 writer.write(rows)
+                used += len(rows)
             rejected += refused
-            if len(rejected) > max(1000, max_rejected * read):
-                partly = ShardResult(unit.set_name, unit.shard, read, tuple(rejected))
+            done = used + len(rejected)
+            if len(rejected) > max(1000, max_rejected * done):
+                partly = ShardResult(unit.set_name, unit.shard, done, tuple(rejected))
                 _write_rejected(partly, output)
-                raise too_many(unit.set_name, unit.shard.path, read, rejected)
+                raise too_many(unit.set_name, unit.shard.path, done, rejected)
     result = UnitResult(unit, read, tuple(rejected))
     runs.write_unit(output, result)
     return result

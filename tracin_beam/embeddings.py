@@ -7,6 +7,7 @@ the arithmetic of a small model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
@@ -48,34 +49,31 @@ class Embeddings:
 def encode(rows: Embeddings) -> Iterator[bytes]:
     """Serialised `tf.train.Example`s of the rows."""
     floats = np.stack([getattr(rows, name) for name in FLOATS], axis=1).astype("<f4")
-    heads = [_entry_head(name, _FLOAT_HEAD, 4) + _FLOAT_HEAD for name in FLOATS]
+    label, prediction, loss, squared_norm = (_entry_head(name, 8) + _FLOAT_HEAD for name in FLOATS)
     vectors = np.ascontiguousarray(rows.embedding, "<f4")
     vector_head = _bytes_head("embedding", vectors.shape[1] * 4)
     for i in range(len(rows)):
         identity = bytes(rows.ids[i])
         number = _varint(int(rows.position[i]))
         raw = floats[i].tobytes()
-        # Feature.int64_list = 3, Int64List.value = 1, packed.
-        value = _message(3, _message(1, number))
-        body = b"".join(
-            (
-                _bytes_head("id", len(identity)),
-                identity,
-                _entry_head("position", value, 0),
-                value,
-                heads[0],
-                raw[0:4],
-                heads[1],
-                raw[4:8],
-                heads[2],
-                raw[8:12],
-                heads[3],
-                raw[12:16],
-                vector_head,
-                vectors[i].tobytes(),
-            )
+        parts = (
+            _bytes_head("id", len(identity)),
+            identity,
+            _position_head(len(number)),
+            number,
+            label,
+            raw[0:4],
+            prediction,
+            raw[4:8],
+            loss,
+            raw[8:12],
+            squared_norm,
+            raw[12:16],
+            vector_head,
+            vectors[i].tobytes(),
         )
-        yield _message(1, body)  # Example.features = 1
+        # Example.features = 1
+        yield b"".join((_head(1, sum(map(len, parts))), *parts))
 
 
 def _varint(n: int) -> bytes:
@@ -87,31 +85,37 @@ def _varint(n: int) -> bytes:
     return bytes(out)
 
 
+# Of a file's records the lengths, and so these, are nearly all the same.
+@functools.lru_cache(4096)
 def _head(field: int, size: int) -> bytes:
     return _varint(field << 3 | 2) + _varint(size)
-
-
-def _message(field: int, body: bytes) -> bytes:
-    return _head(field, len(body)) + body
 
 
 # Feature.float_list = 2, FloatList.value = 1, packed: four bytes.
 _FLOAT_HEAD = _head(2, 6) + _head(1, 4)
 
 
-def _entry_head(name: str, value: bytes, more: int) -> bytes:
-    """What of a `Features.feature` entry comes before its value of len(value) + more bytes."""
-    size = len(value) + more
-    key = _message(1, name.encode())
+def _entry_head(name: str, size: int) -> bytes:
+    """What of a `Features.feature` entry comes before its value of so many bytes."""
+    key = _head(1, len(name)) + name.encode()
     value_head = _head(2, size)
     return _head(1, len(key) + len(value_head) + size) + key + value_head
 
 
+@functools.lru_cache(4096)
 def _bytes_head(name: str, size: int) -> bytes:
     # Feature.bytes_list = 1, BytesList.value = 1.
     inner = _head(1, size)
     outer = _head(1, len(inner) + size)
-    return _entry_head(name, outer + inner, size) + outer + inner
+    return _entry_head(name, len(outer) + len(inner) + size) + outer + inner
+
+
+@functools.lru_cache(16)
+def _position_head(size: int) -> bytes:
+    # Feature.int64_list = 3, Int64List.value = 1, packed.
+    inner = _head(1, size)
+    outer = _head(3, len(inner) + size)
+    return _entry_head("position", len(outer) + len(inner) + size) + outer + inner
 
 
 class EmbeddingWriter:
@@ -121,8 +125,7 @@ class EmbeddingWriter:
         self._writer = records.RecordWriter(handle)
 
     def write(self, rows: Embeddings) -> None:
-        for data in encode(rows):
-            self._writer.write(data)
+        self._writer.write_all(encode(rows))
 
 
 def read(path: str, rows: int = 4096) -> Iterator[Embeddings]:

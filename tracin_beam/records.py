@@ -7,7 +7,7 @@ of the data (uint32), all little-endian.
 import gzip
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import BinaryIO, NamedTuple
 
@@ -47,10 +47,20 @@ class RecordWriter:
 
     def write(self, data: bytes) -> None:
         """Appends one record."""
-        length = struct.pack("<Q", len(data))
-        self._write(
-            b"".join((length, _CRC.pack(_masked_crc(length)), data, _CRC.pack(_masked_crc(data))))
-        )
+        self.write_all([data])
+
+    def write_all(self, records: Iterable[bytes]) -> None:
+        """Appends records, in one piece: they should fit in memory together."""
+        pieces: list[bytes] = []
+        for data in records:
+            length = struct.pack("<Q", len(data))
+            pieces += (
+                length,
+                _CRC.pack(_masked_crc(length)),
+                data,
+                _CRC.pack(_masked_crc(data)),
+            )
+        self._write(b"".join(pieces))
 
 
 def read_records(path: str) -> Iterator[Record | BadRecord]:
