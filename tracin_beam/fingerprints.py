@@ -12,7 +12,7 @@ from tracin_beam.gradients.engine import Engine
 from tracin_beam.task import Task
 
 # Raised when the same inputs give other results than before.
-_VERSION = 1
+_VERSION = 2
 
 
 def of_task(task: Task, engine: Engine) -> dict[str, str]:
@@ -29,6 +29,7 @@ def of_task(task: Task, engine: Engine) -> dict[str, str]:
         "dim": str(engine.dim),
         "seed": str(config.seed),
         "norms": config.norms,
+        "ways": config.ways,
     }
 
 

@@ -78,7 +78,7 @@ def read_records(path: str) -> Iterator[Record | BadRecord]:
     """
     with open_read(path) as handle:
         head = _read_exactly(handle, _HEADER.size)
-        packed = not _valid_header(head) and head.startswith(b"\x1f\x8b")
+        packed = not valid_header(head) and head.startswith(b"\x1f\x8b")
         whole = _Prefixed(head, handle)
         source = _Source(gzip.GzipFile(fileobj=whole) if packed else whole)  # type: ignore[call-overload]
         yield from _frames(source, path)
@@ -247,5 +247,6 @@ def _masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def _valid_header(data: bytes) -> bool:
+def valid_header(data: bytes) -> bool:
+    """Whether these bytes begin as a plain TFRecord file does."""
     return len(data) >= 12 and _masked_crc(data[:8]) == _CRC.unpack_from(data, 8)[0]

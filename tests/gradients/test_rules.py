@@ -36,7 +36,7 @@ def check_layer(layer, shape, call=None, general=(), tolerance=1e-5, inputs=None
     cotangent = tf.constant(rng.normal(size=(BATCH, *output.shape[1:])), tf.float32)
     values = values_of(model)
     weights = select_weights(model, "all")
-    recordable = capture.recordable(weights, lambda: model(tf.constant(inputs[:1])))
+    survey = capture.survey(weights, lambda: model(tf.constant(inputs[:1])))
 
     def forward(x, c, _):
         product = tf.cast(model(x, training=False), tf.float32) * c
@@ -47,7 +47,7 @@ def check_layer(layer, shape, call=None, general=(), tolerance=1e-5, inputs=None
     @tf.function(autograph=False)
     def gradients(values, x, c):
         got = capture.per_example_gradients(
-            forward, model.variables, values, weights, recordable, x, c, None
+            forward, model.variables, values, weights, survey.layers, x, c, None
         )
         taken.extend(weights[i].path for i in got.general)
         shapes = [w.shape for w in weights]

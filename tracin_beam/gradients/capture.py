@@ -81,10 +81,26 @@ class _Call:
     outputs: tf.Tensor
 
 
-def recordable(weights: Sequence[Weight], run: Callable[[], Any]) -> list[keras.layers.Layer]:
-    """The layers of these weights that have a rule and see the examples along their first axis.
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a run of the model on one example showed.
 
-    Whether they do is seen from their inputs when the model runs on one example. The batch size
+    Attributes:
+      layers: the layers that have a rule and see the examples along their first axis.
+      outputs: numbers that those layers give out for an example.
+      written: numbers in an example's gradient that may have to be written out: all but those of
+        dense layers with one position, and of embeddings.
+    """
+
+    layers: list[keras.layers.Layer]
+    outputs: int
+    written: int
+
+
+def survey(weights: Sequence[Weight], run: Callable[[], Any]) -> Survey:
+    """Which layers may be recorded, and what that takes.
+
+    Whether a layer sees the examples along its first axis is seen from its inputs. The batch size
     alone would not tell: of a layer that sees the time first, as many steps may be given as the
     batch has examples.
 
@@ -94,18 +110,27 @@ def recordable(weights: Sequence[Weight], run: Callable[[], Any]) -> list[keras.
     """
     layers = [layer for layer in _layers(weights) if rule_for(layer) is not None]
     others: set[int] = set()
+    factored: set[int] = set()
+    outputs = 0
 
     def watched(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal outputs
             if not tf.is_tensor(inputs) or inputs.shape[:1] != [1]:
                 others.add(id(layer))
-            return call(inputs, *args, **kwargs)
+            elif inputs.shape.rank == 2 and isinstance(layer, keras.layers.Dense):
+                factored.add(id(layer))
+            result = call(inputs, *args, **kwargs)
+            outputs += sum(math.prod(x.shape) for x in tf.nest.flatten(result) if tf.is_tensor(x))
+            return result
 
         return wrapper
 
     with _replaced_calls(layers, watched):
         run()
-    return [layer for layer in layers if id(layer) not in others]
+    factored |= {id(layer) for layer in layers if isinstance(layer, keras.layers.Embedding)}
+    written = sum(w.size for w in weights if id(w.layer) not in factored)
+    return Survey([layer for layer in layers if id(layer) not in others], outputs, written)
 
 
 def make_traceable(model: keras.Model) -> None:
@@ -149,7 +174,7 @@ def per_example_gradients(
       variables: all variables of the model.
       values: their values, in the same order.
       weights: the trainable weights that are wanted.
-      layers: those of their layers that may take their rules, from `recordable`.
+      layers: those of their layers that may take their rules, from `survey`.
       features, label, sample_weight: the batch, as the task's parse gave it.
     """
     value_of = {id(v): tf.convert_to_tensor(x) for v, x in zip(variables, values, strict=True)}

@@ -27,8 +27,8 @@ from tracin_beam.task import Task, in_keras_thread
 
 # Checkpoints' weights kept in memory for each process.
 _VALUES_BYTES = 2 << 30
-# What a batch's gradients may take when they have to be written out.
-_GRADIENT_BYTES = 1 << 30
+# What a batch's outputs and gradients may take, the latter where they have to be written out.
+_BATCH_BYTES = 1 << 30
 # By how much ‖∇ℓ‖² may differ between batch sizes, by the dtype that a layer computes in.
 _TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
 
@@ -44,6 +44,7 @@ class EngineConfig:
       seed: of the projection.
       batch_size: examples computed at a time; 0 chooses by the model's size.
       norms: "exact" ‖∇ℓ‖², or "sketched", ‖S∇ℓ‖², whose relative error is about √(2/dim).
+      ways: "REGEX=WAY,…", which weights take which way to their sketch; see `ways.parse`.
       rules: whether layers take their rules; without, every weight goes the general, slow way.
     """
 
@@ -53,6 +54,7 @@ class EngineConfig:
     seed: int = 0
     batch_size: int = 0
     norms: str = "exact"
+    ways: str = ""
     rules: bool = True
 
 
@@ -196,19 +198,19 @@ class Engine:
             self.model(example.take([0]).features, training=False)
         capture.make_traceable(self.model)
         self.weights = select_weights(self.model, self.config.layers)
-        self._recordable = []
+        self._recordable: list[keras.layers.Layer] = []
+        found = None
         if self.config.rules:
-            self._recordable = capture.recordable(
+            found = capture.survey(
                 self.weights, lambda: self.model(example.take([0]).features, training=False)
             )
+            self._recordable = found.layers
         self.specs = [projections.WeightSpec(w.path, w.shape) for w in self.weights]
         self.projection = projections.make(
-            self.config.projection, self.config.dim, self.config.seed, self.specs
+            self.config.projection, self.config.dim, self.config.seed, self.specs, self.config.ways
         )
         self.dim = self.projection.dim
-        parameters = sum(spec.size for spec in self.specs)
-        fitting = _GRADIENT_BYTES // (4 * parameters)
-        self.batch_size = self.config.batch_size or min(256, max(4, 1 << fitting.bit_length() >> 1))
+        self.batch_size = self.config.batch_size or self._fitting(found)
         structure = (example.features, example.label, example.sample_weight)
         self._structure = structure
         self._flat_spec = [
@@ -217,6 +219,19 @@ class Engine:
             if x is not None
         ]
         self._values_spec = [tf.TensorSpec(v.shape, v.dtype) for v in self.model.variables]
+
+    def _fitting(self, found: capture.Survey | None) -> int:
+        """A batch size at which a batch's numbers fit into _BATCH_BYTES."""
+        parameters = sum(spec.size for spec in self.specs)
+        owners = {id(w.layer) for w in self.weights}
+        factors = isinstance(self.projection, projections.CountSketch)
+        if found is None or len(found.layers) < len(owners) or not factors:
+            largest, numbers = 256, parameters
+        else:
+            # Each output has its gradient, and both their copies on the way.
+            largest, numbers = 1024, found.written + 4 * found.outputs
+        fitting = _BATCH_BYTES // (4 * numbers)
+        return min(largest, max(4, 1 << fitting.bit_length() >> 1))
 
     def values(self, path: str) -> list[tf.Tensor]:
         """The weights in a checkpoint file, in the order of `model.variables`.
@@ -244,10 +259,13 @@ class Engine:
           tf.errors.OpError: an example that the model or the loss cannot take.
         """
         function = self._function("embed", target)
+        # np.asarray shares the tensor's memory, where .numpy() copies it.
         parts = [
-            [x.numpy()[: part.size] for x in _run(function, values, self._padded(part))]
+            [np.asarray(x)[: part.size] for x in _run(function, values, self._padded(part))]
             for part in self._parts(batch)
         ]
+        if len(parts) == 1:
+            return Embedded(*parts[0])
         return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def queries(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> Queries:

@@ -13,14 +13,15 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tracin_beam.errors import InputError
-from tracin_beam.gradients import forms
+from tracin_beam.gradients import forms, ways
 from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Windowed
 
 
@@ -53,11 +54,6 @@ Factory = Callable[[int, int, Sequence[WeightSpec]], Projection]
 
 _PROJECTIONS: dict[str, Factory] = {}
 
-# To what a gradient matrix that sums over many positions is compressed before it is sketched:
-# inputs (of a dense layer, patches of a convolution) and outputs.
-_DENSE = (32, 32)
-_CONVOLUTION = (16, 64)
-
 
 def projection(name: str) -> Callable[[Factory], Factory]:
     """Registers a class, called with (dim, seed, specs of all weights), under this name."""
@@ -69,11 +65,22 @@ def projection(name: str) -> Callable[[Factory], Factory]:
     return register
 
 
-def make(name: str, dim: int, seed: int, weights: Sequence[WeightSpec]) -> Projection:
-    """The projection of this name for a model with these weights."""
+def make(
+    name: str, dim: int, seed: int, weights: Sequence[WeightSpec], chosen_ways: str = ""
+) -> Projection:
+    """The projection of this name for a model with these weights.
+
+    Raises:
+      InputError: there is none, or it does not know these ways; see `ways.parse`.
+    """
     if name not in _PROJECTIONS:
         raise InputError(f"--projection={name} is not known; take one of {', '.join(names())}.")
-    return _PROJECTIONS[name](dim, seed, weights)
+    made = _PROJECTIONS[name](dim, seed, weights)
+    if chosen_ways:
+        if not isinstance(made, CountSketch):
+            raise InputError(f"--ways is for --projection=countsketch; {name} has one way only.")
+        made.ways = ways.parse(chosen_ways, [spec.path for spec in weights])
+    return made
 
 
 def names() -> list[str]:
@@ -108,26 +115,42 @@ class CountSketch:
     inverse FFT is enough. As h' leaves q − 1 zeros between entries, the spectrum of g's sketch is
     that of a vector q times shorter, repeated, if q divides dim.
 
-    A gradient that sums over many positions, of a convolution or of a dense layer over tokens, is
-    first compressed from both sides, A G B with random signs in A and B, before it is written out:
-    unbiased all the same, and as such gradients are far from rank one, nearly as accurate.
+    A gradient that sums over many positions, of a convolution or of a dense layer over tokens, may
+    first be compressed from both sides, A G B with random signs in A and B, before it is written
+    out: unbiased all the same, and as such gradients are far from rank one, nearly as accurate.
+    `ways` has the cost model that decides.
+
+    Attributes:
+      ways: by path of a weight, the way it takes whatever it costs.
     """
+
+    ways: Mapping[str, str] = types.MappingProxyType({})
 
     def __init__(self, dim: int, seed: int, weights: Sequence[WeightSpec]) -> None:
         del weights
         self.dim = dim
         self._seed = seed
 
+    def way(self, spec: WeightSpec, form: Form) -> str:
+        """The way that a gradient takes, one of `ways.costs`."""
+        chosen = self.ways.get(spec.path) or ways.choose(form, self.dim)
+        possible = ways.costs(form, self.dim)
+        if chosen not in possible:
+            raise InputError(
+                f"--ways: {spec.path} cannot take {chosen}; it can take {', '.join(possible)}."
+            )
+        return chosen
+
     def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
         sketches = []
         products: list[tuple[WeightSpec, Outer]] = []
         for spec, form in gradients:
-            match form:
-                case Outer() if _few_positions(form, self.dim):
+            match self.way(spec, form), form:
+                case "tensorsketch", Outer():
                     products.append((spec, form))
-                case Rows():
+                case "rows", Rows():
                     sketches.append(self._rows(spec, form))
-                case Outer() | Windowed():
+                case "compress", Outer() | Windowed():
                     sketches.append(self._full(*self._compressed(spec, form)))
                 case _:
                     sketches.append(self._full(spec, form))
@@ -154,19 +177,17 @@ class CountSketch:
         return compute([form for _, form in products])
 
     def _compressed(self, spec: WeightSpec, form: Outer | Windowed) -> tuple[WeightSpec, Form]:
-        """A G B with random signs in A and B, where both sides are wide, else G."""
-        n = form.right.shape[-1]
-        m = form.rows if isinstance(form, Windowed) else form.left.shape[-1]
-        rows, columns = _CONVOLUTION if isinstance(form, Windowed) else _DENSE
-        rows, columns = min(m, rows), min(n, columns)
-        if m * n <= max(2 * rows * columns, self.dim):
-            return spec, form
+        """A G B with random signs in A, and in B where that side is wide."""
+        size = ways.shape_of(form)
+        m, n = size.m, size.n
+        rows, columns = ways.compressed(form)
         right = form.right
         if columns < n:
             signs = random_signs(n * columns, self._seed, spec, "right").reshape(n, columns)
             right = tf.tensordot(right, signs / np.float32(math.sqrt(columns)), 1)
         signs = random_signs(m * rows, self._seed, spec, "left").reshape(m, rows)
-        left = forms.project_left(form, signs / np.float32(math.sqrt(rows)))
+        matrix = signs / np.float32(math.sqrt(rows)) if rows < m else np.eye(m, dtype=np.float32)
+        left = forms.project_left(form, matrix)
         value = tf.reshape(tf.matmul(left, right, transpose_a=True), [-1, rows * columns])
         return WeightSpec(spec.path, (rows, columns)), Full(value)
 
@@ -273,23 +294,15 @@ def _spectrum(x: tf.Tensor, step: int, dim: int) -> tf.Tensor:
         x = tf.reduce_sum(tf.reshape(x, [*_leading(x), folds, short]), axis=2)
     if short == dim:
         return tf.signal.rfft(x)
-    spectrum = tf.signal.fft(tf.cast(x, tf.complex64))
+    half = tf.signal.rfft(x)
+    mirrored = tf.math.conj(half[..., (short - 1) // 2 : 0 : -1])
     bins = dim // 2 + 1
-    return tf.tile(spectrum, [1, 1, -(-bins // short)])[..., :bins]
+    return tf.tile(tf.concat([half, mirrored], axis=-1), [1, 1, -(-bins // short)])[..., :bins]
 
 
 def _leading(x: tf.Tensor) -> list[Any]:
     shape = tf.shape(x)
     return [shape[0], shape[1]]
-
-
-def _few_positions(form: Outer, dim: int) -> bool:
-    # Written out, the gradient costs P·m·n multiplications and some passes over m·n numbers.
-    positions = form.left.shape[1]
-    if positions is None:
-        return False
-    m, n = form.left.shape[-1], form.right.shape[-1]
-    return bool(positions == 1 or positions * dim <= m * n)
 
 
 @projection("kronecker")

@@ -198,12 +198,29 @@ def rms_normalization(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     return _scale_and_offset(layer, x, g, axes, layer.scale, None)
 
 
-@rule(keras.layers.BatchNormalization, keras.layers.GroupNormalization)
-def channel_normalization(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
-    """γ and β by channel; batch normalisation takes its moving statistics, as at inference."""
+@rule(keras.layers.GroupNormalization)
+def group_normalization(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
+    """γ and β by channel."""
     gamma = layer.gamma if layer.scale else None
     beta = layer.beta if layer.center else None
     return _scale_and_offset(layer, x, g, [layer.axis], gamma, beta)
+
+
+@rule(keras.layers.BatchNormalization)
+def batch_normalization(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
+    """With the moving statistics μ and σ², as at inference: Σ x̂ g = (Σ x g − μ Σ g) / σ."""
+    summed = [i for i in range(1, x.shape.rank) if i != layer.axis % x.shape.rank]
+    x, g = tf.cast(x, tf.float32), tf.cast(g, tf.float32)
+    total = tf.reduce_sum(g, axis=summed)
+    contributions: Contributions = []
+    if layer.scale:
+        mean = tf.cast(layer.moving_mean.value, tf.float32)
+        variance = tf.cast(layer.moving_variance.value, tf.float32)
+        scaled = tf.reduce_sum(x * g, axis=summed) - mean * total
+        contributions.append((layer.gamma, Full(scaled * tf.math.rsqrt(variance + layer.epsilon))))
+    if layer.center:
+        contributions.append((layer.beta, Full(total)))
+    return contributions
 
 
 def _scale_and_offset(

@@ -1,0 +1,123 @@
+"""Which way a weight's gradient takes to its CountSketch: a cost model over shapes.
+
+    tensorsketch   from the two factors by FFT, one position at a time: the CountSketch itself
+    rows           the rows of an embedding that occur: the CountSketch itself
+    materialise    the gradient written out, then sketched: the CountSketch itself
+    compress       random signs on both sides, then sketched: unbiased too, cheap, less accurate
+
+The cheapest of those that give the CountSketch itself is taken, unless it would cost a large part
+of what training pays for the layer. Then a gradient that sums over many positions is compressed:
+it is far from rank one, and loses little.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from tracin_beam.errors import InputError
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Windowed
+
+WAYS = ("tensorsketch", "rows", "materialise", "compress")
+
+# To what a gradient that sums over many positions is compressed: inputs (of a dense layer, patches
+# of a convolution) and outputs. benchmarks/projections.py has what it loses.
+DENSE = (32, 32)
+CONVOLUTION = (8, 64)
+
+# Per nanosecond on a core or two: multiplications in matrix products, bytes through memory, and
+# operations of FFTs. Only their proportions matter.
+_PRODUCTS = 80.0
+_BYTES = 10.0
+_FFT = 10.0
+# Nanoseconds to add a number to its place in the sketch.
+_SCATTER = 2.0
+# What of a layer's share in a training step its exact sketch may cost.
+_SHARE = 0.5
+# Positions, where their number is only known when the data is there.
+_POSITIONS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a form: P positions (None if unknown), m × n numbers in the gradient."""
+
+    positions: int | None
+    m: int
+    n: int
+
+
+def shape_of(form: Form) -> Shape:
+    """The sizes of a gradient in this form; a `Full` one is a column."""
+    match form:
+        case Outer(left, right):
+            return Shape(left.shape[1], left.shape[-1], right.shape[-1])
+        case Windowed(_, right, _):
+            return Shape(right.shape[1], form.rows, right.shape[-1])
+        case Rows(ids, rows):
+            return Shape(ids.shape[1], 1, rows.shape[-1])
+        case Full(value):
+            return Shape(1, value.shape[-1], 1)
+
+
+def compressed(form: Form) -> tuple[int, int]:
+    """The sides (k, l) that way "compress" brings a gradient to."""
+    size = shape_of(form)
+    rows, columns = CONVOLUTION if isinstance(form, Windowed) else DENSE
+    return min(size.m, rows), min(size.n, columns)
+
+
+def costs(form: Form, dim: int) -> dict[str, float]:
+    """Nanoseconds for each example of the ways that a gradient of this form can take."""
+    size = shape_of(form)
+    positions, m, n = size.positions or _POSITIONS, size.m, size.n
+    if isinstance(form, Full):
+        return {"materialise": _SCATTER * m}
+    if isinstance(form, Rows):
+        return {"rows": _SCATTER * positions * n}
+    product = positions * m * n / _PRODUCTS
+    # A window is copied out of the input for each position.
+    copies = 8 * positions * m / _BYTES if isinstance(form, Windowed) else 0.0
+    found = {"materialise": product + copies + _SCATTER * m * n}
+    k, l = compressed(form)  # noqa: E741
+    if positions > 1 and max(2 * k * l, dim) < m * n:
+        sides = m * k + k * l + (n * l if l < n else 0)
+        traffic = 4 * (min(m, n) + k + l) / _BYTES
+        found["compress"] = positions * (sides / _PRODUCTS + traffic) + _SCATTER * k * l
+    if isinstance(form, Outer) and size.positions is not None:
+        one = 2.5 * dim * math.log2(max(dim, 2))
+        wide = min(1.0, 2 * min(m, n) / dim)  # the narrower side takes a shorter FFT
+        found["tensorsketch"] = positions * (one * (1 + wide) / _FFT + 16 * dim / _BYTES)
+    return found
+
+
+def choose(form: Form, dim: int) -> str:
+    """The way that a gradient of this form takes."""
+    found = costs(form, dim)
+    size = shape_of(form)
+    exact = min((way for way in found if way != "compress"), key=found.__getitem__)
+    training = 3 * (size.positions or _POSITIONS) * size.m * size.n / _PRODUCTS
+    if "compress" in found and found[exact] > max(_SHARE * training, found["compress"]):
+        return "compress"
+    return exact
+
+
+def parse(text: str, paths: Sequence[str]) -> dict[str, str]:
+    """Reads "REGEX=WAY,REGEX=WAY": the way of each weight whose path an expression is found in.
+
+    Raises:
+      InputError: it is not of that form, or an expression is found in no path.
+    """
+    chosen: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        pattern, separator, way = part.rpartition("=")
+        if not separator or way not in WAYS:
+            raise InputError(f"--ways={part}: write REGEX=WAY, WAY one of {', '.join(WAYS)}.")
+        try:
+            matching = [path for path in paths if re.search(pattern, path)]
+        except re.error as error:
+            raise InputError(f"--ways={part} is not a regular expression: {error}") from None
+        if not matching:
+            raise InputError(f"--ways={part} matches none of the weights: {', '.join(paths)}")
+        chosen.update(dict.fromkeys(matching, way))
+    return chosen
