@@ -6,15 +6,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := quickstart
 PYTEST_ARGS ?=
+# For test-engines: those of deploy/engines, with commas.
+ENGINES ?= all
+# Of an engine that is started to be tried.
+WORKERS ?= 2
 
 # TensorFlow's notes on its own start-up say nothing about a run.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test test-engines engines lint format clean
+.PHONY: prism flink flink-cluster spark job-service
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv with this package, editable, and all that it needs
 
@@ -42,6 +47,27 @@ $(QUICKSTART)/.trained: examples/digits/task.py examples/digits/train.py | $(INS
 
 test: $(INSTALLED)  ## run the tests; PYTEST_ARGS='-k report' chooses some
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-engines: $(INSTALLED)  ## the same job on Prism, Flink and Spark; ENGINES=prism,flink chooses
+	$(BIN)/python -m pytest tests/engines --engines=$(ENGINES) $(PYTEST_ARGS)
+
+engines: $(INSTALLED)  ## fetch all engines; needs Go, Java and Maven, see deploy/engines
+	$(BIN)/python deploy/engines/fetch.py
+
+prism: $(INSTALLED)  ## start Prism, and show the flags to run on it; WORKERS=2
+	$(BIN)/python deploy/engines/engines.py prism --workers $(WORKERS)
+
+flink: $(INSTALLED)  ## start an embedded Flink
+	$(BIN)/python deploy/engines/engines.py flink --workers $(WORKERS)
+
+flink-cluster: $(INSTALLED)  ## start a Flink cluster whose workers are processes
+	$(BIN)/python deploy/engines/engines.py flink_cluster --workers $(WORKERS)
+
+spark: $(INSTALLED)  ## start an embedded Spark
+	$(BIN)/python deploy/engines/engines.py spark --workers $(WORKERS)
+
+job-service: $(INSTALLED)  ## start Beam's own job service, whose workers are processes
+	$(BIN)/python deploy/engines/engines.py job_service --workers $(WORKERS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

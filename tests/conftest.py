@@ -13,6 +13,12 @@ def pytest_addoption(parser):
         default="--runner=FnApiRunner",
         help="Beam's flags for the tests of whole pipelines (%(default)s).",
     )
+    parser.addoption(
+        "--engines",
+        default="",
+        help="Engines of deploy/engines to run tests/engines on, with commas, or all; they are "
+        "fetched if need be (default: none).",
+    )
 
 
 @pytest.fixture(scope="session")

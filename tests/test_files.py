@@ -164,3 +164,10 @@ def test_join(folder):
     assert files.join(folder, "a", "b") == f"{folder}/a/b"
     with pytest.raises(InputError, match="nowhere://x"):
         files.join("nowhere://x", "a")
+
+
+def test_full_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.full("data/a") == str(tmp_path / "data" / "a")
+    assert files.full("/data/a") == "/data/a"
+    assert files.full("gs://bucket/a") == "gs://bucket/a"

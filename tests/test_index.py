@@ -1,10 +1,11 @@
 import dataclasses
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 
-from tracin_beam import embeddings, index
+from tracin_beam import embeddings, files, index
 from tracin_beam.runs import TRAIN, CheckpointFile, Output, Shard, ShardResult
 
 UNIT = "0123456789abcdef"
@@ -112,13 +113,8 @@ def embeddings_of(rng, count, dim):
     )
 
 
-def test_partitions_are_built_once_and_found_again(tmp_path):
-    rng = np.random.default_rng(0)
-    output = Output(str(tmp_path))
-    checkpoints = [
-        CheckpointFile(f"{s}.h5", s, None, rate, "x") for s, rate in ((5, 0.5), (9, 0.1))
-    ]
-    results = [result("a", 30, rejected=[3]), result("b", 20)]
+def write_embeddings(tmp_path, rng, results, checkpoints):
+    """The embeddings by (shard's name, step)."""
     written = {}
     for r in results:
         for c in checkpoints:
@@ -128,6 +124,17 @@ def test_partitions_are_built_once_and_found_again(tmp_path):
             with path.open("wb") as handle:
                 embeddings.EmbeddingWriter(handle).write(rows)
             written[r.shard.name, c.step] = rows.embedding
+    return written
+
+
+def test_partitions_are_built_once_and_found_again(tmp_path):
+    rng = np.random.default_rng(0)
+    output = Output(str(tmp_path))
+    checkpoints = [
+        CheckpointFile(f"{s}.h5", s, None, rate, "x") for s, rate in ((5, 0.5), (9, 0.1))
+    ]
+    results = [result("a", 30, rejected=[3]), result("b", 20)]
+    written = write_embeddings(tmp_path, rng, results, checkpoints)
     (partition,) = index.plan(results, units(results), 100, {})
     index.build(output, partition, checkpoints)
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "index").rglob("*") if p.is_file()}
@@ -156,6 +163,42 @@ def test_partitions_are_built_once_and_found_again(tmp_path):
     with index.loaded(output, other) as searcher:
         found, _ = searcher.search(queries[:, :8], 5)
     assert found[0].tolist() == np.argsort(-(matrix[:, :8] @ queries[0, :8]))[:5].tolist()
+    assert len(list((tmp_path / "index" / "part-00000").glob("scann*"))) == 1
+
+
+class Trained:
+    """Stands for a searcher: training is not the same twice."""
+
+    count = 0
+
+    def serialize(self, folder, relative_path):
+        assert relative_path
+        Trained.count += 1
+        for name in ("codebook", "hashes"):
+            Path(folder, name).write_text(f"training {Trained.count}")
+
+
+def test_a_retry_while_the_first_attempt_still_writes(tmp_path, monkeypatch):
+    output = Output(str(tmp_path))
+    checkpoints = [CheckpointFile("5.h5", 5, None, 0.5, "x")]
+    results = [result("a", 30)]
+    write_embeddings(tmp_path, np.random.default_rng(0), results, checkpoints)
+    (partition,) = index.plan(results, units(results), 100, {})
+    monkeypatch.setattr(index, "searcher", lambda matrix: Trained())
+    upload, retried = files.upload, []
+
+    def interrupted(local, path):
+        upload(local, path)
+        if not retried:
+            retried.append(True)
+            index.build(output, partition, checkpoints)
+
+    monkeypatch.setattr(files, "upload", interrupted)
+    index.build(output, partition, checkpoints)
+    mark = files.read_json(output.partition(0, "partition.json"))
+    folder = Path(output.partition(0, mark["folder"]))
+    assert len({path.read_text() for path in folder.iterdir()}) == 1
+    assert sorted(path.name for path in folder.iterdir()) == mark["files"]
 
 
 def clothes_gradients(path, train, test):

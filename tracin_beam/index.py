@@ -111,7 +111,8 @@ def known_partitions(output: Output) -> dict[str, int]:
 def build(output: Output, partition: Partition, checkpoints: Sequence[CheckpointFile]) -> Partition:
     """Writes a partition's searcher and the places of its rows, unless they are there."""
     mark = output.partition(partition.number, _MARK)
-    if files.exists(mark) and files.read_json(mark)["fingerprint"] == partition.fingerprint:
+    earlier = files.read_json(mark) if files.exists(mark) else {}
+    if earlier.get("fingerprint") == partition.fingerprint:
         return partition
     matrices, shards, positions = [], [], []
     for result in partition.shards:
@@ -126,9 +127,12 @@ def build(output: Output, partition: Partition, checkpoints: Sequence[Checkpoint
     with tempfile.TemporaryDirectory() as folder:
         searcher(matrix).serialize(folder, relative_path=True)
         names = sorted(os.listdir(folder))
+        # Named by its content: a retry, while the first attempt still writes, may train another.
+        content = [files.checksum(os.path.join(folder, name)) for name in names]
+        trained = f"{_SCANN}-{runs.digest(content)}"
         for name in names:
             files.upload(
-                os.path.join(folder, name), output.partition(partition.number, _SCANN, name)
+                os.path.join(folder, name), output.partition(partition.number, trained, name)
             )
     rows = {"shard": pa.array(shards).dictionary_encode(), "position": np.concatenate(positions)}
     tables.write(
@@ -141,11 +145,21 @@ def build(output: Output, partition: Partition, checkpoints: Sequence[Checkpoint
             "number": partition.number,
             "fingerprint": partition.fingerprint,
             "rows": len(matrix),
+            "folder": trained,
             "files": names,
         },
     )
+    if earlier.get("folder", trained) != trained:
+        _remove(output.partition(partition.number, earlier["folder"]), earlier["files"])
     _log.info("indexed partition %d: %d rows", partition.number, len(matrix))
     return partition
+
+
+def _remove(folder: str, names: Sequence[str]) -> None:
+    files.remove([files.join(folder, name) for name in names])
+    if files.is_local(folder):
+        with contextlib.suppress(OSError):  # somebody else's file
+            os.rmdir(folder)
 
 
 def searcher(matrix: np.ndarray) -> Any:
@@ -208,14 +222,15 @@ def loaded(output: Output, partition: Partition) -> Iterator[Searcher]:
     number = partition.number
     rows = tables.read(output.partition(number, _ROWS))
     shard = rows.column("shard").combine_chunks()
-    names = files.read_json(output.partition(number, _MARK))["files"]
+    mark = files.read_json(output.partition(number, _MARK))
+    trained = mark["folder"]
     with contextlib.ExitStack() as stack:
         if files.is_local(output.root):
-            folder = output.partition(number, _SCANN)
+            folder = output.partition(number, trained)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            for name in names:
-                files.download(output.partition(number, _SCANN, name), os.path.join(folder, name))
+            for name in mark["files"]:
+                files.download(output.partition(number, trained, name), os.path.join(folder, name))
         yield Searcher(
             shard.dictionary.to_pylist(),
             shard.indices.to_numpy(),

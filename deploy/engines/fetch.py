@@ -1,0 +1,148 @@
+"""Fetches the engines into a cache: Java artifacts with Maven, Go programs with Go.
+
+`python deploy/engines/fetch.py [ENGINE …]` fetches those of the named engines, by default all. What
+is in the cache already is not fetched again.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+# What an engine is made of, see PARTS.
+ENGINES: dict[str, tuple[str, ...]] = {
+    "job_service": (),
+    "prism": ("prism",),
+    "flink": ("flink-job-server",),
+    "flink_cluster": ("flink-job-server", "boot"),
+    "spark": ("spark-job-server",),
+}
+
+
+class Missing(Exception):
+    """Something that the user has to install, or that cannot be fetched."""
+
+
+def versions() -> dict[str, str]:
+    """versions.env."""
+    lines = (HERE / "versions.env").read_text().splitlines()
+    return dict(line.split("=") for line in lines if line and not line.startswith("#"))
+
+
+def cache() -> Path:
+    """The folder that everything is kept in, outside of the checkout."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TRACIN_ENGINES") or Path(caches) / "tracin-beam" / "engines")
+
+
+def part(name: str) -> Path:
+    """The folder of a part, which is fetched if it is not there.
+
+    Raises:
+      Missing: a tool is not installed, or the part cannot be fetched.
+    """
+    keys, make = PARTS[name]
+    known = versions()
+    folder = cache() / "-".join([name, *(known[key] for key in keys)])
+    if folder.exists():
+        return folder
+    print(f"fetching {folder.name} into {folder.parent}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        make(name, known, made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.exists():  # by another process, in the meantime
+                raise
+    return folder
+
+
+def tool(name: str, what_for: str) -> str:
+    """The path of a program.
+
+    Raises:
+      Missing: it is not on PATH.
+    """
+    found = shutil.which(name)
+    if not found:
+        raise Missing(f"{name} is not on PATH: {what_for} needs it")
+    return found
+
+
+def _jars(name: str, known: dict[str, str], folder: Path) -> None:
+    java = tool("java", name)
+    _run(
+        [
+            tool("mvn", f"fetching {name}"),
+            *("--batch-mode", "--quiet", "--file", str(HERE / f"{name}.pom.xml")),
+            *(f"-D{key}={value}" for key, value in known.items()),
+            "dependency:copy-dependencies",
+            f"-DoutputDirectory={folder}",
+            "-DincludeScope=runtime",
+        ],
+        {"JAVA_HOME": os.environ.get("JAVA_HOME") or str(Path(java).resolve().parents[1])},
+    )
+
+
+def _go_program(name: str, known: dict[str, str], folder: Path) -> None:
+    package = GO_PACKAGES[name]
+    _run(
+        [tool("go", f"building {name}"), "install", f"{package}@v{known['BEAM']}"],
+        {"GOBIN": str(folder)},
+    )
+    (folder / package.rpartition("/")[2]).rename(folder / f"{name}.made")
+    (folder / f"{name}.made").rename(folder / name)
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-20:])
+        raise Missing(f"{' '.join(command)} failed:\n{tail}")
+
+
+GO_PACKAGES = {
+    "prism": "github.com/apache/beam/sdks/v2/go/cmd/prism",
+    "boot": "github.com/apache/beam/sdks/v2/python/container",
+}
+
+# Of each part: the versions that it depends on, and how it is made.
+PARTS: dict[str, tuple[tuple[str, ...], Callable[[str, dict[str, str], Path], None]]] = {
+    "prism": (("BEAM",), _go_program),
+    "boot": (("BEAM",), _go_program),
+    "flink-job-server": (("FLINK", "BEAM_JAVA", "BEAM_JOB_SERVICE"), _jars),
+    "spark-job-server": (("SPARK", "BEAM_JAVA", "BEAM_JOB_SERVICE"), _jars),
+}
+
+
+def main(names: Sequence[str]) -> int:
+    if unknown := set(names) - set(ENGINES):
+        print(f"there is no engine {sorted(unknown)[0]}: {', '.join(ENGINES)}", file=sys.stderr)
+        return 2
+    try:
+        for name in names or ENGINES:
+            for needed in ENGINES[name]:
+                print(part(needed))
+    except Missing as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
