@@ -36,9 +36,14 @@ setup(
         "dataframe": ["pandas"],
         "examples": ["scikit-learn"],
         "test": [
+            "apache-beam[gcp]",
+            "dockerfile-parse",
+            "gcp-storage-emulator",
+            "kubernetes-validate~=1.33.1",  # with the schemas of Kubernetes 1.33
             "mypy",
             "pandas",
             "pytest>=8",
+            "pytest-timeout",
             "ruff",
             "scikit-learn",
             "types-PyYAML",

@@ -38,6 +38,11 @@ def absolute(path: str) -> str:
     return os.path.realpath(path) if is_local(path) else path
 
 
+def full(path: str) -> str:
+    """A local path from the root on, as workers have other current directories."""
+    return os.path.abspath(path) if is_local(path) else path
+
+
 def join(base: str, *parts: str) -> str:
     """Joins path components as the file system of `base` does.
 
@@ -50,9 +55,25 @@ def join(base: str, *parts: str) -> str:
         raise InputError(str(error)) from error
 
 
+@contextlib.contextmanager
+def _os_errors(path: str) -> Iterator[None]:
+    """Makes an OSError of what a remote file system's client raises: not found, forbidden."""
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
 def exists(path: str) -> bool:
-    """Whether there is a file or a directory at `path`."""
-    return FileSystems.exists(path)
+    """Whether there is a file, or where the file system has such a directory, at `path`.
+
+    Raises:
+        OSError: the file system does not say.
+    """
+    with _os_errors(path):
+        return FileSystems.exists(path)
 
 
 def match(pattern: str) -> list[FileInfo]:
@@ -111,7 +132,8 @@ def checksum(path: str) -> str:
         keeps.
     """
     if not is_local(path):
-        return FileSystems.checksum(path)
+        with _os_errors(path):
+            return FileSystems.checksum(path)
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as handle:
         while chunk := handle.read(_CHUNK):
@@ -120,8 +142,13 @@ def checksum(path: str) -> str:
 
 
 def open_read(path: str) -> BinaryIO:
-    """Opens a file for reading its raw bytes, never decompressed whatever its suffix."""
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    """Opens a file for reading its raw bytes, never decompressed whatever its suffix.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    with _os_errors(path):
+        return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
 @contextlib.contextmanager
@@ -148,11 +175,16 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     """
     folder, name = FileSystems.split(path)
     temporary = join(folder, f".{name[:150]}.{uuid.uuid4().hex}.tmp")
-    handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
+    with _os_errors(path):
+        handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
     try:
-        with contextlib.closing(handle):
+        try:
             yield handle
-        _replace(temporary, path)
+        finally:
+            with _os_errors(path):
+                handle.close()
+        with _os_errors(path):
+            _replace(temporary, path)
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to see
             remove([temporary])

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.runners.runner import PipelineResult, PipelineState
 
-from tracin_beam import jobs, options, runs
+from tracin_beam import dataflow, jobs, options, runs
 from tracin_beam.errors import InputError
 from tracin_beam.preflight import Run, prepare
 
@@ -33,41 +35,68 @@ def main(stage: str, about: str, argv: Sequence[str] | None = None) -> int:
     if options.wants_help(argv, prog, about):
         return 0
     try:
+        FileSystems.set_options(PipelineOptions(argv))  # whose account reads a --config file
         config, beam_options = options.parse(argv, needs_test=stage == "influence", prog=prog)
-        _set_up_logging()
+        if dataflow.is_chosen(beam_options):
+            dataflow.check(config, beam_options)
+            dataflow.set_defaults(beam_options)
+        set_up_logging()
+        FileSystems.set_options(beam_options)
         run = prepare(config, with_test=stage != "self_influence")
-        if stage == "influence" and jobs.is_done(run):
+        only_written = dataflow.only_written(beam_options)
+        if stage == "influence" and not only_written and jobs.is_done(run):
             _log.info("nothing has changed since the tables were made")
         else:
-            execute(stage, run, beam_options)
+            result = execute(stage, run, beam_options)
+            if said := only_written or _unfinished(result, beam_options):
+                print(said)
+                return 0
     except (InputError, OSError) as error:
-        from tracin_beam.report.view import printable
-
-        print(f"{prog}: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
+        say(prog, error)
         return 2
     print(_summary(stage, run))
     return 0
 
 
-def execute(stage: str, run: Run, beam_options: PipelineOptions) -> None:
-    """Runs a job's graph.
+def say(prog: str, error: Exception) -> None:
+    """Says on stderr what has to be mended."""
+    from tracin_beam.report.view import printable
+
+    print(f"{prog}: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
+
+
+def execute(stage: str, run: Run, beam_options: PipelineOptions) -> PipelineResult:
+    """Runs a job's graph, and waits for it unless the options say otherwise.
 
     Raises:
-      InputError: what a worker says of the input.
+      InputError: what Beam says of its options, or a worker of the input.
     """
     try:
         quiet: Any = _WithoutOurTraces(sys.stderr)
         with contextlib.redirect_stderr(quiet), beam.Pipeline(options=beam_options) as pipeline:
             jobs.GRAPHS[stage](pipeline, run)
+        return pipeline.result
     except InputError:
         raise
     except Exception as error:
+        if str(error).startswith("Pipeline has validations errors"):
+            raise InputError(str(error).partition("\n")[2].strip()) from None
         # Of a worker's error only the text comes back, in the middle of Beam's stack trace.
         end = r"(?: \[while running|\n\n|\nTraceback|\Z)"
         found = re.search(rf"InputError: (.*?){end}", str(error), re.S)
         if not found:
             raise
         raise InputError(found[1].strip()) from None
+
+
+def _unfinished(result: PipelineResult, beam_options: PipelineOptions) -> str | None:
+    """What to say of a job that was not waited for."""
+    waited = not beam_options.view_as(StandardOptions).no_wait_until_finish
+    if waited or result.state == PipelineState.DONE:
+        return None
+    # Dataflow's results have a method, those of job servers an attribute.
+    job_id = result.job_id() if hasattr(result, "job_id") else getattr(result, "_job_id", "")
+    return f"Submitted the job {job_id}. Once it has finished, this command shows its results."
 
 
 def _summary(stage: str, run: Run) -> str:
@@ -114,7 +143,7 @@ class _OnlyOurErrors(logging.Filter):
         )
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
     """Our progress without the runners' chatter, and their errors without our own in them."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

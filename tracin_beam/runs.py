@@ -19,12 +19,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tracin_beam import files
 from tracin_beam.errors import InputError
 
 TRAIN = "train"
+_REQUESTS = 32  # made of a file system at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +178,15 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
       InputError: nothing matches.
     """
     try:
-        matched = files.match(pattern)
+        matched = [files.FileInfo(files.full(i.path), i.size) for i in files.match(pattern)]
     except InputError as error:
         raise InputError(f"--{flag}: {error}") from None
     # Names that differ by ".tfrecord" alone would have the same embedding file.
     taken = {_stem(known[info.path]) for info in matched if info.path in known}
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        checksums = list(pool.map(lambda info: files.checksum(info.path), matched))
     shards = []
-    for info in matched:
+    for info, checksum in zip(matched, checksums, strict=True):
         name = known.get(info.path)
         if name is None:
             name = os.path.basename(info.path)
@@ -190,7 +194,7 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
                 stem, extension = os.path.splitext(name)
                 name = f"{stem}-{digest(info.path)[:8]}{extension}"
             taken.add(_stem(name))
-        shards.append(Shard(info.path, name, f"{info.size}:{files.checksum(info.path)}"))
+        shards.append(Shard(info.path, name, f"{info.size}:{checksum}"))
     return shards
 
 
@@ -236,8 +240,9 @@ def read_run(output: Output) -> dict[str, Any]:
 def clear(output: Output) -> None:
     """Removes all results."""
     for folder in ("embeddings", "index", "influence", "evaluation", "self_influence", "rejected"):
-        with contextlib.suppress(InputError):  # there are none
-            files.remove([info.path for info in files.match(output.path(folder, "**"))])
+        for names in ("**", "**/.*.tmp"):  # the second of runs that were killed
+            with contextlib.suppress(InputError):  # there are none
+                files.remove([info.path for info in files.match(output.path(folder, names))])
 
 
 def merge_results(results: Sequence[UnitResult]) -> ShardResult:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeVar
 
+from tracin_beam import files
 from tracin_beam.errors import InputError
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ def in_keras_thread(function: Callable[[], T]) -> T:
 
 
 def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
-    """Imports the task named by `file.py:name` or `package.module:name`.
+    """Imports the task named by `file.py:name`, on any file system, or `package.module:name`.
 
     Returns:
       The task, and a function that gives its source for workers: to be called after the task has
@@ -135,7 +136,7 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
     if not location or not attribute.isidentifier():
         raise InputError(f"--task={spec}: write file.py:name or package.module:name.")
     if location.endswith(".py"):
-        path = os.path.abspath(location)
+        path = os.path.abspath(location) if files.is_local(location) else _fetch(location, spec)
         if not os.path.isfile(path):
             raise InputError(f"--task={spec}: there is no file {path}.")
         root, module = os.path.dirname(path), os.path.basename(path)[: -len(".py")]
@@ -157,6 +158,16 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
         return result
 
     return task, source
+
+
+def _fetch(path: str, spec: str) -> str:
+    """Copies a task file from another file system; what lies beside it is left there."""
+    local = os.path.join(tempfile.mkdtemp(prefix="tracin_task_"), path.rpartition("/")[2])
+    try:
+        files.download(path, local)
+    except OSError as error:
+        raise InputError(f"--task={spec}: {error}") from error
+    return local
 
 
 def _get(module: ModuleType, attribute: str, spec: str) -> Task:
