@@ -1,0 +1,32 @@
+"""The nightly job as an Airflow DAG: copy it into the DAG folder.
+
+The task runs the launcher, which goes wherever the configuration's `runner` says: on the Airflow
+worker, or to Flink, Spark or Dataflow. tracin-beam stands in a virtual environment of its own, as
+TensorFlow and Airflow do not share one.
+"""
+
+from datetime import UTC, datetime, timedelta
+
+from airflow.providers.standard.operators.bash import BashOperator
+from airflow.sdk import DAG
+
+JOB = "pipelines.self_influence"
+PYTHON = "/opt/tracin-beam/bin/python"
+CONFIG = "/etc/tracin-beam/nightly.yaml"
+
+with DAG(
+    dag_id="tracin_beam_nightly",
+    description="Self-influence of all training examples, embedding those of the day",
+    schedule="15 2 * * *",
+    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    catchup=False,  # one run takes all that has arrived since the last
+    max_active_runs=1,
+    tags=["tracin-beam"],
+):
+    BashOperator(
+        task_id="nightly",
+        bash_command=f"{PYTHON} -m {JOB} --config={CONFIG}",
+        retries=2,  # a retry goes on where the try before it stopped
+        retry_delay=timedelta(minutes=15),
+        execution_timeout=timedelta(hours=20),
+    )
