@@ -41,6 +41,12 @@ def test_flags_are_written_in_either_way(written):
     assert config.top_k == 3
 
 
+def test_a_dim_to_be_chosen():
+    config, _ = parse("--dim=auto", "--recall=0.9")
+    assert (config.dim, config.recall) == ("auto", 0.9)
+    assert parse("--dim=64")[0].dim == 64
+
+
 def test_beams_flags_are_handed_on():
     _, beam_options = parse("--runner=DataflowRunner", "--project=p", "--region", "r")
     given = beam_options.get_all_options()
@@ -82,6 +88,9 @@ def test_missing_flags_are_all_named():
         ("--direct_num_workers=few", "--direct_num_workers: invalid int value"),
         ("--top_k=0", "--top_k=0 must be at least 1."),
         ("--dim=0", "--dim=0 must be at least 1."),
+        ("--dim=small", "--dim: give a number or auto, not 'small'"),
+        ("--recall=1", "--recall=1.0 must lie between 0 and 1."),
+        ("--recall=nan", "--recall=nan must lie between 0 and 1."),
         ("--rescore=-1", "--rescore=-1 must be at least 0."),
         ("--rescore=5", "--rescore=5 candidates cannot give --top_k=10 rows"),
         ("--index_rows=0", "--index_rows=0 must be at least 1."),
@@ -100,6 +109,16 @@ def test_flags_that_are_wrong(flag, says, capsys):
         parse(flag)
     assert says in str(error.value)
     assert capsys.readouterr().err == ""
+
+
+def test_job_servers_keep_their_workers_between_stages():
+    def kept(*flags):
+        return int(parse(*flags)[1].get_all_options()["environment_cache_millis"])
+
+    assert kept("--runner=PortableRunner", "--job_endpoint=x") == 5000
+    assert kept("--runner", "FlinkRunner") == 5000
+    assert kept("--runner=FlinkRunner", "--environment_cache_millis=0") == 0
+    assert kept("--runner=DataflowRunner") == 0
 
 
 def test_unknown_flags_of_runners_with_a_job_server_are_theirs():
@@ -190,12 +209,12 @@ def test_help(capsys):
             assert word in said
 
 
-@pytest.mark.parametrize("job", ["embed", "influence", "self_influence"])
+@pytest.mark.parametrize("job", ["embed", "influence", "self_influence", "plan"])
 @pytest.mark.parametrize(
     ("argv", "status", "says"),
     [
         (["--help"], 0, "--checkpoints"),
-        ([], 2, "--task, --checkpoints, --train, --output"),
+        ([], 2, "--task, --checkpoints, --train"),
         ([*NEEDED, "--test=x", "--topk=3"], 2, "Did you mean --top_k?"),
         ([*NEEDED, "--test=x", "--top_k=x"], 2, "--top_k"),
     ],

@@ -3,14 +3,23 @@
 import argparse
 import dataclasses
 import difflib
+import logging
+import math
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import (
+    PipelineOptions,
+    PortableOptions,
+    StandardOptions,
+)
 
 from tracin_beam.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 # Runners behind a job server, which takes flags that Beam's Python does not know.
 _PORTABLE = ("PortableRunner", "FlinkRunner", "SparkRunner", "PrismRunner")
@@ -58,13 +67,32 @@ class TracInOptions(PipelineOptions):
             "their paths (%(default)s).",
         )
         add("--projection", default="countsketch", help="Kind of projection (%(default)s).")
-        add("--dim", type=int, default=1024, help="Length of an embedding (%(default)s).")
+        add(
+            "--dim",
+            type=_dim,
+            default=1024,
+            help="Length of an embedding, or auto: the smallest with which a pilot sample reaches "
+            "--recall; a later run into the same output keeps it (%(default)s).",
+        )
+        add(
+            "--recall",
+            type=float,
+            default=0.99,
+            help="For --dim=auto: the wanted share of the exact top_k among the candidates, for "
+            "the worse of the two roles (%(default)s).",
+        )
         add("--seed", type=int, default=0, help="Seed of the projection (%(default)s).")
         add(
             "--norms",
             default="exact",
             help="Squared gradient norms, and with them self-influence: exact, or sketched, which "
             "is cheaper for convolutions (%(default)s).",
+        )
+        add(
+            "--ways",
+            default="",
+            help="Which way weights take to their sketch, whatever it costs: REGEX=WAY,… with "
+            "tensorsketch, rows, materialise or compress; others take the cheapest.",
         )
         add(
             "--batch_size",
@@ -106,6 +134,13 @@ class TracInOptions(PipelineOptions):
         )
 
 
+def _dim(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give a number or auto, not {text!r}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The flags of a run, checked. Names and meanings are those of `TracInOptions`."""
@@ -122,15 +157,32 @@ class Config:
     rescore: int
     layers: str
     projection: str
-    dim: int
+    dim: int | Literal["auto"]
+    recall: float
     seed: int
     norms: str
+    ways: str
     batch_size: int
     index_rows: int
     recall_queries: int
     max_rejected: float
     report_examples: int
     overwrite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    """The flags of `pipelines.plan` alone.
+
+    Attributes:
+      hours: wanted wall time of the run.
+      worker_memory: bytes that a worker may take.
+      json: whether to print the plan for a program.
+    """
+
+    hours: float
+    worker_memory: int
+    json: bool
 
 
 def parse(
@@ -144,25 +196,58 @@ def parse(
     Raises:
       InputError: a flag is missing, unknown or out of its range.
     """
-    parser = _parser(prog)
+    needed = ["task", "checkpoints", "train", "output"] + ["test"] * needs_test
+    config, beam_options, _ = _parse(_parser(prog), argv, needed)
+    return config, beam_options
+
+
+def parse_plan(argv: Sequence[str], *, prog: str = "") -> tuple[Config, PlanFlags, PipelineOptions]:
+    """The same for `pipelines.plan`, which needs no output and has some flags of its own.
+
+    Raises:
+      InputError: as above.
+    """
+    config, beam_options, known = _parse(
+        _parser(prog, plan=True), argv, ["task", "checkpoints", "train"], PlanFlags
+    )
+    if not 0 < known.hours < math.inf:
+        raise InputError(f"--hours={known.hours} must be above 0.")
+    return config, PlanFlags(known.hours, known.worker_memory, known.json), beam_options
+
+
+def _parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    needed: Sequence[str],
+    more: type | None = None,
+) -> tuple[Config, PipelineOptions, argparse.Namespace]:
     first, _ = parser.parse_known_args(argv)
     merged = [*_from_yaml(first.config), *argv] if first.config else list(argv)
     known, rest = parser.parse_known_args(merged)
     values = {field.name: getattr(known, field.name) for field in dataclasses.fields(Config)}
     values["learning_rate"] = _rates(values["learning_rate"])
-    needed = ["task", "checkpoints", "train", "output"] + ["test"] * needs_test
+    values["output"] = values["output"] or ""
     missing = [f"--{name}" for name in needed if not values[name]]
     if missing:
         raise InputError(f"{', '.join(missing)} must be given, as a flag or in the --config file.")
     config = Config(**values)
     _check(config)
-    _check_unknown(rest)
+    ours = [field.name for cls in (Config, more) if cls for field in dataclasses.fields(cls)]
+    _check_unknown(rest, ours)
     if not any(flag.split("=")[0] == "--runner" for flag in rest):
         # Local, in this process, on all cores with one copy of the model.
         rest += ["--runner=FnApiRunner"]
         if not any(flag.startswith("--direct_") for flag in rest):
             rest += ["--direct_running_mode=multi_threading", "--direct_num_workers=0"]
-    return config, PipelineOptions(rest)
+    # Ours go along, so that a runner's console shows them.
+    shown = {name: getattr(known, name) for name in values}
+    beam_options = PipelineOptions(rest, **shown)
+    chosen = any(flag.startswith("--environment_cache_millis") for flag in rest)
+    if beam_options.view_as(StandardOptions).runner in _PORTABLE and not chosen:
+        # Else a worker process, with TensorFlow and the model in it, ends with every stage. Flink
+        # gives a dead one out as well, so it must be forgotten before the job is tried again.
+        beam_options.view_as(PortableOptions).environment_cache_millis = 5_000
+    return config, beam_options, known
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,15 +257,41 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str, plan: bool = False) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog or None,
         allow_abbrev=False,
         epilog="Every other flag is Beam's: --runner=DataflowRunner --project=… and so on.",
     )
     parser.add_argument("--config", help="YAML file of flags; those on the command line win.")
+    if plan:
+        _add_plan_flags(parser)
     TracInOptions._add_argparse_args(parser)
     return parser
+
+
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("of this command alone")
+    group.add_argument(
+        "--hours", type=float, default=1.0, help="Wanted wall time of the run (%(default)s)."
+    )
+    group.add_argument(
+        "--worker_memory",
+        type=_size,
+        default="4GB",
+        help="What a worker may take: 4GB, 512MB, or a number of bytes (%(default)s).",
+    )
+    group.add_argument("--json", action="store_true", help="Print the plan as JSON.")
+
+
+def _size(text: str) -> int:
+    """Bytes, of a number with or without a unit."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if not match or not (
+        size := int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    ):
+        raise argparse.ArgumentTypeError(f"give a size such as 4GB, not {text!r}")
+    return int(size)
 
 
 def _from_yaml(path: str) -> list[str]:
@@ -229,6 +340,8 @@ def _check(config: Config) -> None:
         "report_examples": 0,
     }
     for name, least in at_least.items():
+        if getattr(config, name) == "auto":
+            continue
         if not getattr(config, name) >= least:  # nor NaN
             raise InputError(f"--{name}={getattr(config, name)} must be at least {least}.")
     if 0 < config.rescore < config.top_k:
@@ -236,6 +349,8 @@ def _check(config: Config) -> None:
             f"--rescore={config.rescore} candidates cannot give --top_k={config.top_k} rows; "
             "raise it, or turn rescoring off with 0."
         )
+    if not 0 < config.recall < 1:
+        raise InputError(f"--recall={config.recall} must lie between 0 and 1.")
     name = config.test_name
     if name in ("train", "", ".", "..") or any(c in name for c in "=/\\*?[]"):
         raise InputError(f"--test_name={name}: take a plain name, other than 'train'.")
@@ -250,14 +365,14 @@ def _check(config: Config) -> None:
         )
 
 
-def _check_unknown(rest: Sequence[str]) -> None:
+def _check_unknown(rest: Sequence[str], names: Sequence[str]) -> None:
     """A misspelt flag must not be ignored, as Beam would, nor what a shell made of a glob."""
     beams = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in _all_options(PipelineOptions):
         if options is not TracInOptions:
             options._add_argparse_args(beams)
     known, unknown = beams.parse_known_args(rest)
-    ours = ["--" + field.name for field in dataclasses.fields(Config)] + ["--config"]
+    ours = ["--" + name for name in names] + ["--config"]
     before = ""
     for word in unknown:
         name = word.split("=")[0]
@@ -267,6 +382,8 @@ def _check_unknown(rest: Sequence[str]) -> None:
                 raise InputError(f"{word} belongs to no flag: write globs and lists in quotes.")
         elif near := difflib.get_close_matches(name, ours, n=1, cutoff=0.8):
             raise InputError(f"There is no flag {name}. Did you mean {near[0]}?")
+        elif known.template_location:  # which Dataflow's launcher gives, with flags of its own
+            _log.warning("%s is neither a flag of ours nor of Beam's: it is passed on", word)
         elif known.runner not in _PORTABLE:
             raise InputError(f"There is no flag {name}, neither ours nor Beam's.")
         before = word
@@ -279,11 +396,11 @@ def _all_options(cls: type[PipelineOptions]) -> list[Any]:
     return found
 
 
-def wants_help(argv: Sequence[str], prog: str, about: str) -> bool:
+def wants_help(argv: Sequence[str], prog: str, about: str, *, plan: bool = False) -> bool:
     """Prints the help when it is asked for."""
     if not {"-h", "--help"} & set(argv):
         return False
-    parser = _parser(prog)
+    parser = _parser(prog, plan)
     parser.description = about
     parser.print_help(sys.stdout)
     return True

@@ -14,7 +14,7 @@ from typing import Any
 
 import apache_beam as beam
 
-from tracin_beam import files, runs
+from tracin_beam import dims, files, runs
 from tracin_beam._version import __version__
 from tracin_beam.checkpoints import read_checkpoints
 from tracin_beam.errors import InputError, reason
@@ -66,19 +66,71 @@ class Run:
         return {path: runs.digest([marks, rates]) for path, marks in by_shard.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A run that could begin, and what is in its output directory.
+
+    Attributes:
+      run: the checked run; its `config.dim` is a number.
+      earlier: run.json of earlier runs; empty if the output is new, or to be overwritten.
+      stale: whether all that is in the output is to be overwritten.
+      choice: of the dim, if it was chosen now.
+    """
+
+    run: Run
+    earlier: dict[str, Any]
+    stale: bool
+    choice: Any
+
+
 def prepare(config: Config, *, with_test: bool) -> Run:
-    """Checks a configuration against what it names.
+    """Checks a configuration against what it names, and begins run.json.
+
+    Raises:
+      InputError: anything that the run would trip over.
+    """
+    found = look(config, with_test=with_test)
+    run, sets = found.run, found.earlier.get("sets", {})
+    if found.stale:
+        runs.clear(run.output)
+    described: dict[str, Any] = {TRAIN: {"shards": {s.path: s.name for s in run.train}}}
+    if run.test:
+        described[config.test_name] = {
+            "shards": {s.path: s.name for s in run.test},
+            "target": config.target,
+        }
+    gone = [
+        run.output.rejected(name, Shard(path, shard, ""))
+        for name in described
+        for path, shard in sets.get(name, {}).get("shards", {}).items()
+        if path not in described[name]["shards"]
+    ]
+    news: dict[str, Any] = {"sets": {**sets, **described}}
+    if found.choice:
+        for line in found.choice.lines():
+            _log.info("%s", line)
+        news["dim_auto"] = dataclasses.asdict(found.choice)
+    try:
+        files.remove(gone)
+        write_run(run, found.earlier, news)
+    except OSError as error:
+        raise InputError(f"--output={config.output} cannot be written to: {error}") from error
+    return run
+
+
+def look(config: Config, *, with_test: bool) -> Found:
+    """Checks a configuration against what it names, and writes nothing.
 
     Raises:
       InputError: anything that the run would trip over.
     """
     started = time.time()
-    output = Output(config.output)
+    output = Output(files.full(config.output) if config.output else "")
     checkpoints = tuple(
-        CheckpointFile(c.path, c.step, c.epoch, c.learning_rate, files.checksum(c.path))
+        CheckpointFile(files.full(c.path), c.step, c.epoch, c.learning_rate, files.checksum(c.path))
         for c in read_checkpoints(config.checkpoints, config.learning_rate)
     )
-    earlier = runs.read_run(output)
+    earlier = runs.read_run(output) if config.output else {}
     sets = earlier.get("sets", {})
     train = _shards(config.train, TRAIN, "train", sets)
     test = _shards(config.test, config.test_name, "test", sets) if with_test and config.test else ()
@@ -86,6 +138,10 @@ def prepare(config: Config, *, with_test: bool) -> Run:
     if both:
         raise InputError(f"--train and --test both name {sorted(both)[0]}")
 
+    kept = _earlier_dim(earlier)
+    automatic = config.dim == "auto"
+    if config.dim == "auto":
+        config = dataclasses.replace(config, dim=kept or dims.DIMS[0])
     source, fingerprint, explicit_ids = _try_out(config, checkpoints, train, test)
     changed = stale = runs.changes(earlier.get("fingerprint", fingerprint), fingerprint)
     target = sets.get(config.test_name, {}).get("target", config.target)
@@ -101,8 +157,14 @@ def prepare(config: Config, *, with_test: bool) -> Run:
             "Choose another --output, or --overwrite the results that are there."
         )
     if stale:
-        runs.clear(output)
-        earlier, sets = {}, {}
+        earlier = {}
+    choice = None
+    if automatic and kept and not stale:
+        _log.info("--dim=auto: %d, as in the earlier run in %s", kept, config.output)
+    elif automatic and config.projection != "none":
+        choice, source = _chosen(config, source, checkpoints, train, test)
+        config = dataclasses.replace(config, dim=choice.dim)
+        fingerprint = {**fingerprint, "dim": str(choice.dim)}
     sides = ((TRAIN, train, "loss"), (config.test_name, test, config.target))
     units = tuple(
         Unit(
@@ -129,24 +191,34 @@ def prepare(config: Config, *, with_test: bool) -> Run:
         fingerprint,
         started,
     )
-    described: dict[str, Any] = {TRAIN: {"shards": {s.path: s.name for s in train}}}
-    if test:
-        described[config.test_name] = {
-            "shards": {s.path: s.name for s in test},
-            "target": config.target,
-        }
-    gone = [
-        output.rejected(name, Shard(path, shard, ""))
-        for name in described
-        for path, shard in sets.get(name, {}).get("shards", {}).items()
-        if path not in described[name]["shards"]
-    ]
-    try:
-        files.remove(gone)
-        write_run(run, earlier, {"sets": {**sets, **described}})
-    except OSError as error:
-        raise InputError(f"--output={config.output} cannot be written to: {error}") from error
-    return run
+    return Found(run, earlier, bool(stale), choice)
+
+
+def _earlier_dim(earlier: dict[str, Any]) -> int | None:
+    dim = earlier.get("fingerprint", {}).get("dim")
+    return int(dim) if dim else None
+
+
+def _chosen(
+    config: Config,
+    source: Any,
+    checkpoints: Sequence[CheckpointFile],
+    train: Sequence[Shard],
+    test: Sequence[Shard],
+) -> tuple[Any, Any]:
+    """The dim that a pilot sample finds good, and the engine with it."""
+    from tracin_beam import pilot, workers
+
+    counts = pilot.count(config, train, test)
+    choice = pilot.choose_dim(config, source, checkpoints, train, test, counts)
+    loaded = source.get()
+    engine_config = dataclasses.replace(source.config, dim=choice.dim)
+    source = dataclasses.replace(source, config=engine_config)
+    if engine_config != loaded.engine.config:
+        workers.adopt(
+            source, workers.load(loaded.task, loaded.parser, engine_config, source.sample)
+        )
+    return choice, source
 
 
 def _shards(
@@ -176,7 +248,13 @@ def _try_out(
         )
     parser = Parser(task)
     engine_config = EngineConfig(
-        config.layers, config.projection, config.dim, config.seed, config.batch_size, config.norms
+        config.layers,
+        config.projection,
+        int(config.dim),
+        config.seed,
+        config.batch_size,
+        config.norms,
+        config.ways,
     )
     sample, loaded = _load(task, parser, engine_config, train)
     # Only now, as building the model may have imported more of the user's modules.
