@@ -9,6 +9,8 @@ exact inner products of whole gradients:
 - Spearman: rank correlation of all projected with all exact scores, mean over the queries;
 - self-influence: root mean square relative error of ‖S∇ℓ‖² as an estimate of ‖∇ℓ‖²;
 - cost: embedding with sketched norms, as a ratio to the bare pass (see engine.py).
+
+"exact" is CountSketch without compression on the way, `--ways kernel=materialise`.
 """
 
 import argparse
@@ -25,15 +27,17 @@ from tracin_beam.evaluate import correlation, ranks
 from tracin_beam.gradients.engine import Batch, Engine
 
 SIZES = {"mlp": (3000, 100, 256), "resnet20": (1000, 60, 64), "transformer": (600, 40, 16)}
+# Kind, dim and ways.
 KINDS = [
-    ("countsketch", 256),
-    ("countsketch", 512),
-    ("countsketch", 1024),
-    ("countsketch", 2048),
-    ("countsketch", 4096),
-    ("kronecker", 1024),
-    ("kronecker", 4096),
-    ("gaussian", 1024),
+    ("countsketch", 256, ""),
+    ("countsketch", 512, ""),
+    ("countsketch", 1024, ""),
+    ("countsketch", 2048, ""),
+    ("countsketch", 4096, ""),
+    ("countsketch", 1024, "kernel=materialise"),
+    ("kronecker", 1024, ""),
+    ("kronecker", 4096, ""),
+    ("gaussian", 1024, ""),
 ]
 
 
@@ -73,11 +77,13 @@ def main() -> None:
         engine, train, test = work.engine(batch_size=batch_size)
         scores, norms = exact_scores(engine, work.values, train, test)
         one = train.take(range(batch_size))
-        for kind, dim in KINDS:
+        for kind, dim, ways in KINDS:
             if kind == "gaussian" and name == "transformer":
                 continue  # its matrix has five billion entries
+            if ways and name == "mlp":
+                continue  # its default is exact as well
             engine, train, test = work.engine(
-                batch_size=batch_size, projection=kind, dim=dim, norms="sketched"
+                batch_size=batch_size, projection=kind, dim=dim, norms="sketched", ways=ways
             )
             mine = engine.embed(work.values, train)
             theirs = engine.embed(work.values, test)
@@ -100,7 +106,8 @@ def main() -> None:
                 for among in (10, 100)
             ]
             cells += [f"{rank:.3f}", f"{error:.3f}", f"{taken['embed'] / taken['bare']:.2f}"]
-            print(f"| {name} | {kind} | {dim} | {4 * dim} | {' | '.join(cells)} |", flush=True)
+            label = f"{kind}, exact" if ways else kind
+            print(f"| {name} | {label} | {dim} | {4 * dim} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

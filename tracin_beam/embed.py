@@ -64,7 +64,7 @@ def _parsed(
 def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
     """The items, made in a thread of its own, a few at most before they are asked for."""
     iterator = iter(items)
-    end = object()
+    end: Any = object()
     with concurrent.futures.ThreadPoolExecutor(1) as maker:
         coming = collections.deque(maker.submit(next, iterator, end) for _ in range(count))
         try:

@@ -135,9 +135,9 @@ class Evaluate(beam.DoFn):
     def process(self, result: ShardResult, tests: Sequence[ShardResult]) -> Iterator[Any]:
         if result.used == 0:
             return
-        if self._exact is None:
-            self._exact = ExactScores(self._sets)
         queries = sample_queries(tests, self._sets, self._queries)
+        if self._exact is None:
+            self._exact = ExactScores(self._sets, queries)
         mark = runs.digest(
             [
                 self._units[result.shard.path],

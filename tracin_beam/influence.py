@@ -8,6 +8,7 @@ workers is places and scores, never a gradient: gradients are computed again whe
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -178,19 +179,28 @@ class Search(beam.DoFn):
 class ExactScores:
     """Exact scores of training examples for test examples, at every checkpoint.
 
-    Query gradients are computed in blocks of consecutive test examples, and kept for the next
-    shard as far as memory allows.
+    Query gradients are computed in blocks, and kept for the next shard as far as memory allows.
+
+    Args:
+      sets: what is joined.
+      sample: the only queries that will be asked for, which then share blocks; otherwise a block
+        is of consecutive test examples.
     """
 
-    def __init__(self, sets: Sets) -> None:
+    def __init__(self, sets: Sets, sample: Sequence[Query] = ()) -> None:
         self._sets = sets
+        self._sample = sample
         self._loaded: Loaded = sets.source.get()
         self._cache: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._size = self._loaded.engine.batch_size
 
-    def block_of(self, query: Query) -> Query:
-        """A block's name: the test shard, and the position its first example would have."""
-        return query[0], query[1] // self._size * self._size
+    def _block_of(self, query: Query) -> tuple[Query, ...]:
+        """The places whose gradients are computed together with this query's."""
+        if self._sample:
+            start = self._sample.index(query) // self._size * self._size
+            return tuple(self._sample[start : start + self._size])
+        start = query[1] // self._size * self._size
+        return tuple((query[0], position) for position in range(start, start + self._size))
 
     def scores(
         self, shard: runs.Shard, wanted: Mapping[Query, np.ndarray]
@@ -206,9 +216,9 @@ class ExactScores:
           may come several times, with other positions.
         """
         needed = np.unique(np.concatenate(list(wanted.values())))
-        blocks: dict[Query, list[Query]] = {}
+        blocks: dict[tuple[Query, ...], list[Query]] = {}
         for query in sorted(wanted):
-            blocks.setdefault(self.block_of(query), []).append(query)
+            blocks.setdefault(self._block_of(query), []).append(query)
         for positions, data in _chunks(shard.path, needed):
             present = {q: np.intersect1d(wanted[q], positions) for q in wanted}
             out = {q: np.zeros((len(p), len(self._sets.checkpoints))) for q, p in present.items()}
@@ -220,11 +230,10 @@ class ExactScores:
                     if not len(union):
                         continue
                     at = np.searchsorted(positions, union)
-                    block_positions, gradients = self._queries(values, checkpoint, block)
+                    column_of, gradients = self._queries(values, checkpoint, block)
                     products = self._products(values, [data[i] for i in at], gradients)
                     for query, own in zip(queries, mine, strict=True):
-                        column = int(np.searchsorted(block_positions, query[1]))
-                        picked = products[np.searchsorted(union, own), column]
+                        picked = products[np.searchsorted(union, own), column_of[query]]
                         out[query][:, c] = checkpoint.learning_rate * picked.astype(np.float64)
             for query in sorted(present):
                 if len(present[query]):
@@ -239,30 +248,42 @@ class ExactScores:
         return np.concatenate(parts)
 
     def _queries(
-        self, values: Any, checkpoint: CheckpointFile, block: Query
-    ) -> tuple[np.ndarray, Any]:
+        self, values: Any, checkpoint: CheckpointFile, block: tuple[Query, ...]
+    ) -> tuple[dict[Query, int], Any]:
+        """Which column of the products each query of a block has, and their gradients."""
         key = (checkpoint.path, block)
         if key not in self._cache:
-            shard, start = block
-            result = []
-            for record in records.read_records(self._sets.test[shard].path):
-                if record.position >= start + self._size:
-                    break
-                if record.position >= start and isinstance(record, records.Record):
-                    result.append(record)
+            places: list[Query] = []
+            data: list[records.Record] = []
+            for shard, mine in itertools.groupby(block, lambda query: query[0]):
+                wanted = {position for _, position in mine}
+                for record in records.read_records(self._sets.test[shard].path):
+                    if record.position > max(wanted):
+                        break
+                    if record.position in wanted and isinstance(record, records.Record):
+                        places.append((shard, record.position))
+                        data.append(record)
             # Queries that could not be used are not asked for; here they are only left out.
-            batch, positions, _ = embed.parse_records(self._loaded, result)
+            batch, parsed = self._parsed(places, data)
             engine, target = self._loaded.engine, self._sets.target
             queries, kept, _ = embed.without_failing(
                 lambda some: engine.queries(values, batch.take(some), target),
                 list(range(batch.size)),
             )
-            self._cache[key] = (np.array([positions[i] for i in kept]), queries)
+            self._cache[key] = ({parsed[i]: column for column, i in enumerate(kept)}, queries)
             limit = max(1, _QUERY_CACHE_BYTES // max(1, engine.query_bytes(target)))
             while len(self._cache) > limit:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    def _parsed(
+        self, places: Sequence[Query], data: Sequence[records.Record]
+    ) -> tuple[Any, list[Query]]:
+        # Numbered anew: a position is a place in one shard only.
+        numbered = [records.Record(i, record.data) for i, record in enumerate(data)]
+        batch, numbers, _ = embed.parse_records(self._loaded, numbered)
+        return batch, [places[i] for i in numbers]
 
 
 def _chunks(path: str, needed: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
