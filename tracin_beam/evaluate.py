@@ -26,8 +26,9 @@ from tracin_beam.influence import (
 )
 from tracin_beam.runs import ShardResult
 
-# Pairs of (estimate, exact) kept for each query and shard, for the correlation.
-_PAIRS = 500
+# Pairs of (estimate, exact) kept for each query, for the correlation; of each shard a few at least.
+_PAIRS = 20_000
+_FEWEST_PAIRS = 5
 
 
 def sample_queries(tests: Iterable[ShardResult], sets: Sets, count: int) -> list[Query]:
@@ -148,7 +149,8 @@ class Evaluate(beam.DoFn):
         scores = shard_scores(self._sets, self._exact, result, queries, mark)
         number = self._sets.train.index(result.shard)
         shard = np.full(len(scores.position), number, np.int32)
-        step = max(1, len(shard) // _PAIRS)
+        pairs = max(_FEWEST_PAIRS, _PAIRS // len(self._sets.train))
+        step = -(-len(shard) // pairs)
         for i, query in enumerate(queries):
             exact, estimate = scores.exact[:, i], scores.estimate[:, i]
             by_exact = Scored(shard, scores.position, exact, np.empty((len(shard), 0)))
@@ -158,8 +160,8 @@ class Evaluate(beam.DoFn):
                 yield beam.pvalue.TaggedOutput(
                     "estimated", ((query, role), by_estimate.top(self._top_k, role))
                 )
-            pairs = np.stack([estimate[::step], exact[::step]], axis=1)
-            yield beam.pvalue.TaggedOutput("pairs", (query, pairs))
+            sample = np.stack([estimate[::step], exact[::step]], axis=1)
+            yield beam.pvalue.TaggedOutput("pairs", (query, sample))
 
 
 def recall(best: Scored, found: Scored, role: str, exact: np.ndarray | None) -> float:

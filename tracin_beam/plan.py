@@ -177,14 +177,10 @@ def rescored(train: Sequence[int], tests: int, job: Job, batch_size: int) -> flo
 def checked(train: Sequence[int], tests: int, job: Job, batch_size: int) -> float:
     """The same for the queries by which the recall is measured: all of the training set.
 
-    The queries are spread over the test set, so that most are in a block of their own.
+    They share blocks, most often one.
     """
-    blocks = math.ceil(tests / batch_size)
-    queries = min(job.recall_queries, tests)
-    if not queries:
-        return 0.0
-    touched = blocks * (1 - (1 - 1 / blocks) ** queries)
-    return job.checkpoints * touched * sum(_padded(count, batch_size) for count in train)
+    blocks = math.ceil(min(job.recall_queries, tests) / batch_size)
+    return job.checkpoints * blocks * float(sum(_padded(count, batch_size) for count in train))
 
 
 def _padded(count: float, batch_size: int) -> float:
