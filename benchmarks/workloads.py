@@ -73,7 +73,7 @@ def load(name: str, data: pathlib.Path, train: int, test: int) -> Workload:
     model = models.MODELS[name]()
     if not cached.exists():
         if name == "transformer":
-            optimizer, epochs, size = keras.optimizers.Adam(3e-4), 3, 16
+            optimizer, epochs, size = keras.optimizers.Adam(3e-4), 1, 16
         else:
             optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
             epochs, size = {"mlp": 2, "resnet20": 8}[name], 64

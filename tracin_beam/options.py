@@ -92,7 +92,7 @@ class TracInOptions(PipelineOptions):
             "--ways",
             default="",
             help="Which way weights take to their sketch, whatever it costs: REGEX=WAY,… with "
-            "tensorsketch, rows, materialise or compress; others take the cheapest.",
+            "tensorsketch, blocks, rows, materialise or compress; others take the cheapest.",
         )
         add(
             "--batch_size",

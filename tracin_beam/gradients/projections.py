@@ -148,6 +148,8 @@ class CountSketch:
             match self.way(spec, form), form:
                 case "tensorsketch", Outer():
                     products.append((spec, form))
+                case "blocks", Outer():
+                    sketches.append(self._blocks(spec, form))
                 case "rows", Rows():
                     sketches.append(self._rows(spec, form))
                 case "compress", Outer() | Windowed():
@@ -175,6 +177,30 @@ class CountSketch:
             # The many small steps are worth compiling into one.
             compute = tf.function(compute, jit_compile=True, autograph=False)
         return compute([form for _, form in products])
+
+    def _blocks(self, spec: WeightSpec, form: Outer) -> tf.Tensor:
+        """The circular convolution of the two sketches, as a small product for each example.
+
+        The wider side lies in the sketch as it is, cut into blocks as long as the narrower side's
+        entries are apart: block a of it and entry j of the other meet in block a + j.
+        """
+        matrix = self._matrix(spec, form)
+        wide, narrow = form.left[:, 0] * matrix.row_signs, form.right[:, 0] * matrix.column_signs
+        step = matrix.column_step
+        if matrix.m < matrix.n:
+            wide, narrow, step = narrow, wide, matrix.row_step
+        length, count = wide.shape[-1], narrow.shape[-1]
+        blocks = -(-length // step)
+        wide = tf.reshape(tf.pad(wide, [[0, 0], [0, blocks * step - length]]), [-1, blocks, step])
+        # By block of the result and of the wider side, which entry of the narrower, or a zero.
+        entry = np.arange(blocks + count - 1)[:, None] - np.arange(blocks)
+        entry = np.where((entry >= 0) & (entry < count), entry, count)
+        shifted = tf.gather(tf.pad(narrow, [[0, 0], [0, 1]]), entry, axis=1)
+        sketch = tf.reshape(tf.matmul(shifted, wide), [-1, len(entry) * step])
+        turns = -(-len(entry) * step // self.dim)
+        sketch = tf.pad(sketch, [[0, 0], [0, turns * self.dim - len(entry) * step]])
+        sketch = tf.reduce_sum(tf.reshape(sketch, [-1, turns, self.dim]), axis=1)
+        return tf.roll(sketch, matrix.offset, axis=1)
 
     def _compressed(self, spec: WeightSpec, form: Outer | Windowed) -> tuple[WeightSpec, Form]:
         """A G B with random signs in A, and in B where that side is wide."""

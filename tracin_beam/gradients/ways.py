@@ -1,6 +1,7 @@
 """Which way a weight's gradient takes to its CountSketch: a cost model over shapes.
 
     tensorsketch   from the two factors by FFT, one position at a time: the CountSketch itself
+    blocks         from the two factors by a small product, for one position: the CountSketch itself
     rows           the rows of an embedding that occur: the CountSketch itself
     materialise    the gradient written out, then sketched: the CountSketch itself
     compress       random signs on both sides, then sketched: unbiased too, cheap, less accurate
@@ -18,16 +19,18 @@ from collections.abc import Sequence
 from tracin_beam.errors import InputError
 from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Windowed
 
-WAYS = ("tensorsketch", "rows", "materialise", "compress")
+WAYS = ("tensorsketch", "blocks", "rows", "materialise", "compress")
 
 # To what a gradient that sums over many positions is compressed: inputs (of a dense layer, patches
 # of a convolution) and outputs. benchmarks/projections.py has what it loses.
 DENSE = (32, 32)
 CONVOLUTION = (8, 64)
 
-# Per nanosecond on a core or two: multiplications in matrix products, bytes through memory, and
+# Per nanosecond on a core or two: multiplications in matrix products (and
+# in those of an example by itself), bytes through memory, and
 # operations of FFTs. Only their proportions matter.
 _PRODUCTS = 80.0
+_SMALL_PRODUCTS = 10.0
 _BYTES = 10.0
 _FFT = 10.0
 # Nanoseconds to add a number to its place in the sketch.
@@ -84,6 +87,8 @@ def costs(form: Form, dim: int) -> dict[str, float]:
         sides = m * k + k * l + (n * l if l < n else 0)
         traffic = 4 * (min(m, n) + k + l) / _BYTES
         found["compress"] = positions * (sides / _PRODUCTS + traffic) + _SCATTER * k * l
+    if isinstance(form, Outer) and positions == 1:
+        found["blocks"] = m * n / _SMALL_PRODUCTS + 16 * dim / _BYTES
     if isinstance(form, Outer) and size.positions is not None:
         one = 2.5 * dim * math.log2(max(dim, 2))
         wide = min(1.0, 2 * min(m, n) / dim)  # the narrower side takes a shorter FFT
