@@ -229,7 +229,7 @@ class Engine:
             largest, numbers = 256, parameters
         else:
             # Each output has its gradient, and both their copies on the way.
-            largest, numbers = 1024, found.written + 4 * found.outputs
+            largest, numbers = 512, found.written + 4 * found.outputs
         fitting = _BATCH_BYTES // (4 * numbers)
         return min(largest, max(4, 1 << fitting.bit_length() >> 1))
 
