@@ -77,13 +77,13 @@ def main() -> None:
         engine, train, test = work.engine(batch_size=batch_size)
         scores, norms = exact_scores(engine, work.values, train, test)
         one = train.take(range(batch_size))
-        for kind, dim, ways in KINDS:
+        for kind, dim, chosen in KINDS:
             if kind == "gaussian" and name == "transformer":
                 continue  # its matrix has five billion entries
-            if ways and name == "mlp":
+            if chosen and name == "mlp":
                 continue  # its default is exact as well
             engine, train, test = work.engine(
-                batch_size=batch_size, projection=kind, dim=dim, norms="sketched", ways=ways
+                batch_size=batch_size, projection=kind, dim=dim, norms="sketched", ways=chosen
             )
             mine = engine.embed(work.values, train)
             theirs = engine.embed(work.values, test)
@@ -106,7 +106,7 @@ def main() -> None:
                 for among in (10, 100)
             ]
             cells += [f"{rank:.3f}", f"{error:.3f}", f"{taken['embed'] / taken['bare']:.2f}"]
-            label = f"{kind}, exact" if ways else kind
+            label = f"{kind}, exact" if chosen else kind
             print(f"| {name} | {label} | {dim} | {4 * dim} | {' | '.join(cells)} |", flush=True)
 
 

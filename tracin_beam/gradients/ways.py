@@ -24,7 +24,9 @@ WAYS = ("tensorsketch", "blocks", "rows", "materialise", "compress")
 # To what a gradient that sums over many positions is compressed: inputs (of a dense layer, patches
 # of a convolution) and outputs. benchmarks/projections.py has what it loses.
 DENSE = (32, 32)
-CONVOLUTION = (8, 64)
+CONVOLUTION = (16, 64)
+# Where a convolution has many positions they cost most, and the gradient is furthest from rank one.
+_MANY_POSITIONS = 512
 
 # Per nanosecond on a core or two: multiplications in matrix products (and
 # in those of an example by itself), bytes through memory, and
@@ -67,6 +69,8 @@ def compressed(form: Form) -> tuple[int, int]:
     """The sides (k, l) that way "compress" brings a gradient to."""
     size = shape_of(form)
     rows, columns = CONVOLUTION if isinstance(form, Windowed) else DENSE
+    if isinstance(form, Windowed) and (size.positions or _POSITIONS) > _MANY_POSITIONS:
+        rows //= 2
     return min(size.m, rows), min(size.n, columns)
 
 
