@@ -235,8 +235,10 @@ def test_predicted_bytes_and_examples_are_those_written(problem, capsys):
     assert t.contents(problem.out) == files
 
 
-def test_the_plan_as_text(problem, capsys):
-    assert planning.main("", problem.argv("embed", output=None)) == 0
+def test_the_plan_as_text(problem, capsys, monkeypatch):
+    monkeypatch.chdir(problem.folder)  # with paths as a user types them
+    shards = {"train": "train-*.tfrecord", "test": "test-*.tfrecord"}
+    assert planning.main("", problem.argv("embed", output=None, **shards)) == 0
     said = capsys.readouterr().out
     for words in ("test: 8 examples in 2 shards", "256 is the smallest with 0.99", "1 worker(s)"):
         assert words in said

@@ -96,8 +96,8 @@ def count(config: Config, train: Sequence[Shard], test: Sequence[Shard]) -> Coun
     def of(pattern: str | None, shards: Sequence[Shard]) -> counting.Count:
         if not shards:
             return counting.Count((), True)
-        sizes = {info.path: info for info in files.match(pattern or "")}
-        return counting.count([sizes[shard.path] for shard in shards])
+        matched = {files.full(info.path): info for info in files.match(pattern or "")}
+        return counting.count([matched[shard.path] for shard in shards])
 
     return Counts(of(config.train, train), of(config.test, test))
 
