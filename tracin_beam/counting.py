@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 from tracin_beam import files
 from tracin_beam.files import FileInfo
-from tracin_beam.records import valid_header
+from tracin_beam.records import is_gzip, read_exactly
 
 _LENGTH = struct.Struct("<Q")
 _FRAME = 16  # bytes of a record besides its data
 _START = 12  # bytes of a record's length and the CRC of it
-_GZIP = b"\x1f\x8b"
 # How much is read of a file to estimate from, and of how many files.
 _HEAD_BYTES = 8 << 20
 _SAMPLED = 16
@@ -78,24 +77,17 @@ def _skip_through(path: str) -> int | None:
         open(path, "rb") as handle,
         mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
-        return None if _is_gzip(data[:_START]) else _frames(data)[0]
-
-
-def _is_gzip(start: bytes) -> bool:
-    return start.startswith(_GZIP) and not valid_header(start)
+        return None if is_gzip(data[:_START]) else _frames(data)[0]
 
 
 def _head(path: str) -> bytes:
-    data = b""
     with files.open_read(path) as handle:
-        while len(data) < _HEAD_BYTES and (piece := handle.read(_HEAD_BYTES - len(data))):
-            data += piece
-    return data
+        return read_exactly(handle, _HEAD_BYTES)
 
 
 def _of_head(head: bytes) -> tuple[int, int]:
     """How many records begin in the first bytes of a file, and how many bytes they take in it."""
-    if not _is_gzip(head[:_START]):
+    if not is_gzip(head[:_START]):
         records, used = _frames(head)
         return records, len(head) if len(head) < _HEAD_BYTES else used
     plain = b""

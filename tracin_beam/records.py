@@ -77,8 +77,8 @@ def read_records(path: str) -> Iterator[Record | BadRecord]:
         InputError: the file has content but no record, so it is not a TFRecord file.
     """
     with open_read(path) as handle:
-        head = _read_exactly(handle, _HEADER.size)
-        packed = not valid_header(head) and head.startswith(b"\x1f\x8b")
+        head = read_exactly(handle, _HEADER.size)
+        packed = is_gzip(head)
         whole = _Prefixed(head, handle)
         source = _Source(gzip.GzipFile(fileobj=whole) if packed else whole)  # type: ignore[call-overload]
         yield from _frames(source, path)
@@ -235,7 +235,13 @@ def _crc_tables() -> tuple[int, list[np.ndarray]]:
     return zero, [np.array(flip, np.uint32) for flip in flips]
 
 
-def _read_exactly(handle: BinaryIO, size: int) -> bytes:
+def is_gzip(start: bytes) -> bool:
+    """Whether a file that starts with these bytes, twelve at least, is gzip and not plain."""
+    return start.startswith(b"\x1f\x8b") and not _valid_header(start)
+
+
+def read_exactly(handle: BinaryIO, size: int) -> bytes:
+    """So many bytes, or what there is until the end."""
     data = b""
     while len(data) < size and (piece := handle.read(size - len(data))):
         data += piece
@@ -247,6 +253,6 @@ def _masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def valid_header(data: bytes) -> bool:
+def _valid_header(data: bytes) -> bool:
     """Whether these bytes begin as a plain TFRecord file does."""
     return len(data) >= 12 and _masked_crc(data[:8]) == _CRC.unpack_from(data, 8)[0]
