@@ -25,8 +25,10 @@ import tensorflow as tf
 import workloads
 from scann.scann_ops.py import scann_ops_pybind
 
-from tracin_beam import Task, dims, index
+from tracin_beam import Task
 from tracin_beam.gradients.engine import Batch, Engine, EngineConfig, Parser
+from tracin_beam.planning import dims
+from tracin_beam.stages import index
 
 QUERIES, PILOTS, TOP_K = 32, 3, 10
 # Model → (training examples, size of a pilot).

@@ -19,8 +19,8 @@ import numpy as np
 import workloads
 
 import tracin_beam
-from tracin_beam import launch, options, preflight
-from tracin_beam.task import load_task
+from tracin_beam.inputs.task import load_task
+from tracin_beam.jobs import launch, options, preflight
 
 TASK = """
 import keras

@@ -30,7 +30,7 @@ from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import PipelineVisitor
 
-from tracin_beam import jobs, launch, options, preflight
+from tracin_beam.jobs import graphs, launch, options, preflight
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -58,7 +58,7 @@ def make(
       The flags of a job on them, but `--output`.
     """
     import tracin_beam
-    from tracin_beam.task import load_task
+    from tracin_beam.inputs.task import load_task
 
     rng = np.random.default_rng(0)
     shape, dtype = FEATURES[model]
@@ -109,7 +109,7 @@ def crossing(stage: str, run: preflight.Run) -> dict[str, tuple[int, int]]:
       (elements, bytes) of each, by the name of the transform.
     """
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
-    jobs.GRAPHS[stage](pipeline, run)
+    graphs.GRAPHS[stage](pipeline, run)
     watched: dict[str, beam.PCollection] = {}
 
     class Visitor(PipelineVisitor):
@@ -139,7 +139,7 @@ def crossing(stage: str, run: preflight.Run) -> dict[str, tuple[int, int]]:
 def graph_bytes(stage: str, run: preflight.Run) -> int:
     """Size of a job's graph as it is submitted."""
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
-    jobs.GRAPHS[stage](pipeline, run)
+    graphs.GRAPHS[stage](pipeline, run)
     return len(pipeline.to_runner_api().SerializeToString())
 
 
@@ -149,7 +149,7 @@ def prepared(flags: Sequence[str], stage: str) -> preflight.Run:
 
 
 def shuffle(arguments: argparse.Namespace) -> None:
-    from tracin_beam import influence
+    from tracin_beam.stages import influence
 
     # As for a large training set, where the candidates alone are scored exactly.
     influence._ALL_PAIRS = 0
@@ -330,7 +330,8 @@ def measure(job: str, cores: int, flags: Sequence[str]) -> dict[str, float]:
 
 def one_partition(job: str, run: preflight.Run) -> None:
     """Builds the first partition of the index, or searches in it for all test examples."""
-    from tracin_beam import embed, index, influence, runs
+    from tracin_beam.stages import embed, index, influence
+    from tracin_beam.storage import runs
 
     results = []
     for unit in run.units:

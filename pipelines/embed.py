@@ -2,7 +2,7 @@
 
 import sys
 
-from tracin_beam.launch import main
+from tracin_beam.jobs.launch import main
 
 if __name__ == "__main__":
     sys.exit(main("embed", __doc__ or ""))

@@ -2,7 +2,7 @@
 
 import sys
 
-from tracin_beam.planning import main
+from tracin_beam.jobs.planning import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__ or ""))

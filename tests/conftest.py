@@ -29,7 +29,7 @@ def pipeline_options(request):
 @pytest.fixture(scope="session")
 def launch(pipeline_options):
     """A function that runs a job with some flags and gives its exit status."""
-    from tracin_beam.launch import main
+    from tracin_beam.jobs.launch import main
 
     def run(stage, **flags):
         given = [f"--{name}={value}" for name, value in flags.items() if value is not True]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from tracin_beam.records import RecordWriter
+from tracin_beam.storage.records import RecordWriter
 
 FEATURES, CLASSES = 4, 3
 STEPS = (10, 20)

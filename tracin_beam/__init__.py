@@ -5,16 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 from tracin_beam._version import __version__
 from tracin_beam.errors import InputError
-from tracin_beam.task import Task
+from tracin_beam.inputs.task import Task
 
 if TYPE_CHECKING:
-    from tracin_beam.callbacks import TracInCheckpoint
-    from tracin_beam.shards import Parser, write_shards
+    from tracin_beam.inputs.callback import TracInCheckpoint
+    from tracin_beam.inputs.shards import Parser, write_shards
 
 __all__ = ["InputError", "Parser", "Task", "TracInCheckpoint", "__version__", "write_shards"]
 
 # Imported when used: they bring TensorFlow or Beam.
-_LAZY = {"TracInCheckpoint": "callbacks", "Parser": "shards", "write_shards": "shards"}
+_LAZY = {
+    "TracInCheckpoint": "inputs.callback",
+    "Parser": "inputs.shards",
+    "write_shards": "inputs.shards",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,13 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tracin_beam import jobs, launch
-from tracin_beam.options import TracInOptions
+from tracin_beam.jobs import graphs, launch
+from tracin_beam.jobs.options import TracInOptions
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--stage", required=True, choices=sorted(jobs.GRAPHS))
+    parser.add_argument("--stage", required=True, choices=sorted(graphs.GRAPHS))
     known, rest = parser.parse_known_args(argv)
     flags = _switches(rest)
     # The image that this runs in is the workers' too.

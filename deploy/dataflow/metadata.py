@@ -10,15 +10,15 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from tracin_beam import jobs
-from tracin_beam.options import TracInOptions
+from tracin_beam.jobs import graphs
+from tracin_beam.jobs.options import TracInOptions
 
 FILE = Path(__file__).with_name("metadata.json")
 
 # Parameters that no template can do without; the other needed flags may stand in the --config file.
 _REQUIRED = ("stage",)
 _REGEXES = {
-    "stage": "|".join(sorted(jobs.GRAPHS)),
+    "stage": "|".join(sorted(graphs.GRAPHS)),
     "config": r"gs://.+",
     "task": r"(gs://.+\.py|[\w.]+):\w+",
     "checkpoints": r"gs://.+",
@@ -42,7 +42,7 @@ _BEAM = (
 def metadata() -> dict[str, Any]:
     """The template's metadata, as Dataflow's TemplateMetadata."""
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--stage", help=f"The job: {', '.join(sorted(jobs.GRAPHS))}.")
+    own.add_argument("--stage", help=f"The job: {', '.join(sorted(graphs.GRAPHS))}.")
     own.add_argument("--config", help="YAML file of flags; parameters given here win.")
     TracInOptions._add_argparse_args(own)
     beam = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")

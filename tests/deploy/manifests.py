@@ -11,7 +11,7 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from tracin_beam import options
+from tracin_beam.jobs import options
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -13,8 +13,8 @@ import tiny as t
 from apache_beam.options.pipeline_options import PipelineOptions
 from bucket import ANONYMOUS, ROOT, TinyInBucket, bucket  # noqa: F401
 
-from tracin_beam import dataflow
-from tracin_beam.launch import main
+from tracin_beam.jobs import dataflow
+from tracin_beam.jobs.launch import main
 
 # Beam's clients try again for minutes where nothing answers.
 pytestmark = pytest.mark.timeout(300)
@@ -203,7 +203,8 @@ def execute(graph):
     from apache_beam.portability import python_urns
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-    from tracin_beam import task, workers
+    from tracin_beam.inputs import task
+    from tracin_beam.stages import workers
 
     workers._loaded.clear()  # as a worker has nothing but the graph
     task._loaded.clear()

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from tracin_beam import jobs
-from tracin_beam.options import TracInOptions
+from tracin_beam.jobs import graphs
+from tracin_beam.jobs.options import TracInOptions
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/dataflow"
@@ -52,7 +52,7 @@ def test_each_flag_is_a_parameter_and_each_parameter_a_flag():
 def test_the_stages_are_the_jobs():
     [regex] = PARAMETERS["stage"]["regexes"]
     found = re.findall(r"\w+", regex)
-    assert set(found) == set(jobs.GRAPHS)
+    assert set(found) == set(graphs.GRAPHS)
     launchers = {path.stem for path in (ROOT / "pipelines").glob("[!_]*.py")}
     assert set(found) <= launchers
 

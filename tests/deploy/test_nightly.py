@@ -23,7 +23,7 @@ from manifests import (
 )
 from tiny import Tiny, rows, snapshot
 
-from tracin_beam import jobs
+from tracin_beam.jobs import graphs
 
 NIGHTLY = DEPLOY / "nightly"
 AIRFLOW = ("apache-airflow-core==3.3.2", "apache-airflow-providers-standard==1.21.0")
@@ -212,7 +212,7 @@ class TestScheduler:
         parameters = given["parameters"]
         assert all(isinstance(value, str) for value in parameters.values())
         stage, *flags = (f"--{name}={value}" for name, value in parameters.items())
-        assert stage.removeprefix("--stage=") in jobs.GRAPHS
+        assert stage.removeprefix("--stage=") in graphs.GRAPHS
         check_flags(flags)
 
     def test_the_template_takes_the_parameters(self, launched):

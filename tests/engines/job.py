@@ -26,7 +26,7 @@ class Job:
     recall: dict
 
     def run(self, stage, flags, **changes):
-        from tracin_beam.launch import main
+        from tracin_beam.jobs.launch import main
 
         return main(stage, "", [*self.tiny.argv(stage, **FLAGS, **changes), *flags])
 

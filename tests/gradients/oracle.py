@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from tracin_beam.gradients.engine import Engine, EngineConfig, Parser
-from tracin_beam.task import Task
+from tracin_beam.inputs.task import Task
 
 
 def task_of(build, features, label, loss, sample_weight=None):

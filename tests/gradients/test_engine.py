@@ -10,7 +10,7 @@ from oracle import assert_close, at, engine_of, plain_gradients, task_of, values
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients.engine import Parser
-from tracin_beam.task import Task
+from tracin_beam.inputs.task import Task
 
 L = keras.layers
 N = 9

@@ -8,7 +8,7 @@ from oracle import check_model, engine_of, task_of, values_of
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients.engine import Engine, EngineConfig, Parser, select_weights
-from tracin_beam.task import Task
+from tracin_beam.inputs.task import Task
 
 L = keras.layers
 N = 6

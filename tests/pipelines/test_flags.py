@@ -204,13 +204,13 @@ def test_projections(problem, tmp_path, launch, projection):
 
 def test_candidates_alone_lead_to_the_same_tables(problem, tmp_path, launch, monkeypatch):
     assert launch("influence", **problem.flags(tmp_path / "pairs")) == 0
-    monkeypatch.setattr("tracin_beam.influence._ALL_PAIRS", 0)
+    monkeypatch.setattr("tracin_beam.stages.influence._ALL_PAIRS", 0)
     assert launch("influence", **problem.flags(tmp_path / "out", index_rows=70, rescore=60)) == 0
     pd.testing.assert_frame_equal(influence(tmp_path / "pairs"), influence(tmp_path / "out"))
 
 
 def test_many_partitions_give_the_tables_of_one(problem, tmp_path, launch, monkeypatch):
-    monkeypatch.setattr("tracin_beam.influence._ALL_PAIRS", 0)
+    monkeypatch.setattr("tracin_beam.stages.influence._ALL_PAIRS", 0)
     assert launch("influence", **problem.flags(tmp_path / "one")) == 0
     assert launch("influence", **problem.flags(tmp_path / "many", index_rows=70)) == 0
     assert len(glob.glob(f"{tmp_path}/many/index/part-*")) == 5

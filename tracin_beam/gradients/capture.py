@@ -24,8 +24,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 
-from tracin_beam import nests
-from tracin_beam.gradients import forms
+from tracin_beam.gradients import forms, nests
 from tracin_beam.gradients.forms import Form
 from tracin_beam.gradients.rules import Rule, rule_for
 

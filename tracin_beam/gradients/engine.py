@@ -18,12 +18,12 @@ from keras.src.utils.naming import to_snake_case
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context as eager_context
 
-from tracin_beam import checkpoints, losses, nests
 from tracin_beam.errors import InputError, reason
-from tracin_beam.gradients import capture, forms, projections
+from tracin_beam.gradients import capture, forms, losses, nests, projections
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
-from tracin_beam.task import Task, in_keras_thread
+from tracin_beam.inputs import checkpoints
+from tracin_beam.inputs.task import Task, in_keras_thread
 
 # Checkpoints' weights kept in memory for each process.
 _VALUES_BYTES = 2 << 30

@@ -1,1 +1,5 @@
-"""Tables to pages for people: static HTML that needs no network, and text for a terminal."""
+"""From tables to pages and terminal text.
+
+A page is a function from tables to a template's context.
+May import planning and what lies below it.
+"""

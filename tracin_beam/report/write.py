@@ -3,30 +3,36 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tracin_beam import files, nests, records, tables
+from tracin_beam.gradients import nests
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Shown, show_features
 from tracin_beam.report.view import places_shown
+from tracin_beam.storage import files, records, tables
+from tracin_beam.storage.runs import Output
 
 if TYPE_CHECKING:
-    from tracin_beam.preflight import Run
-    from tracin_beam.workers import Loaded
+    from tracin_beam.stages.workers import Loaded
 
 
-def write_influence_report(run: "Run", state: Mapping[str, Any]) -> None:
+def write_influence_report(
+    output: Output, test_name: str, loaded: "Loaded", state: Mapping[str, Any], max_tests: int
+) -> None:
     """Writes report.html beside the influence tables.
 
     Args:
-      run: the run.
+      output: where the tables are.
+      test_name: of the test set.
+      loaded: the task, which parses the examples that are shown.
       state: run.json.
+      max_tests: test examples to show.
     """
-    name, count = run.config.test_name, run.config.report_examples
-    rows = tables.read(run.output.influence(name, "influence-*.parquet"))
-    loaded = run.source.get()
+    rows = tables.read(output.influence(test_name, "influence-*.parquet"))
     names = loaded.task.label_names
-    places = places_shown(rows, label_names=names, max_tests=count)
-    page = influence_page(rows, _shown(loaded, places), state, label_names=names, max_tests=count)
-    with files.atomic_write(run.output.influence(name, "report.html")) as handle:
+    places = places_shown(rows, label_names=names, max_tests=max_tests)
+    page = influence_page(
+        rows, _shown(loaded, places), state, label_names=names, max_tests=max_tests
+    )
+    with files.atomic_write(output.influence(test_name, "report.html")) as handle:
         handle.write(page.encode())
 
 

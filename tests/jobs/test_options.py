@@ -1,0 +1,236 @@
+import subprocess
+import sys
+
+import pytest
+
+from tracin_beam.errors import InputError
+from tracin_beam.jobs import options
+
+NEEDED = ["--task=t.py:task", "--checkpoints=c", "--train=a-*", "--output=out"]
+
+
+def parse(*argv, **kwargs):
+    return options.parse([*NEEDED, *argv], **kwargs)
+
+
+def test_defaults():
+    config, beam_options = parse()
+    assert (config.task, config.checkpoints, config.train, config.output) == (
+        "t.py:task",
+        "c",
+        "a-*",
+        "out",
+    )
+    assert config.test is None
+    assert config.learning_rate is None
+    assert (config.test_name, config.target, config.top_k, config.rescore) == (
+        "test",
+        "loss",
+        10,
+        100,
+    )
+    assert (config.layers, config.projection, config.dim) == ("all", "countsketch", 1024)
+    given = beam_options.get_all_options()
+    assert given["runner"] == "FnApiRunner"
+    assert given["direct_running_mode"] == "multi_threading"
+
+
+@pytest.mark.parametrize("written", ["--top_k=3", "--top_k 3"])
+def test_flags_are_written_in_either_way(written):
+    config, _ = parse(*written.split())
+    assert config.top_k == 3
+
+
+def test_a_dim_to_be_chosen():
+    config, _ = parse("--dim=auto", "--recall=0.9")
+    assert (config.dim, config.recall) == ("auto", 0.9)
+    assert parse("--dim=64")[0].dim == 64
+
+
+def test_beams_flags_are_handed_on():
+    _, beam_options = parse("--runner=DataflowRunner", "--project=p", "--region", "r")
+    given = beam_options.get_all_options()
+    assert (given["runner"], given["project"], given["region"]) == ("DataflowRunner", "p", "r")
+    assert given["direct_running_mode"] == "in_memory"
+    _, beam_options = parse("--runner", "FnApiRunner")
+    assert beam_options.get_all_options()["runner"] == "FnApiRunner"
+    _, beam_options = parse("--direct_num_workers=3")
+    assert beam_options.get_all_options()["direct_num_workers"] == 3
+
+
+def test_learning_rates():
+    assert parse("--learning_rate=0.1")[0].learning_rate == (0.1,)
+    assert parse("--learning_rate=0.1,1e-3")[0].learning_rate == (0.1, 0.001)
+    with pytest.raises(InputError, match="--learning_rate=fast: give a number"):
+        parse("--learning_rate=fast")
+
+
+def test_missing_flags_are_all_named():
+    with pytest.raises(
+        InputError, match=r"^--task, --checkpoints, --train, --output must be given"
+    ):
+        options.parse([])
+    with pytest.raises(InputError, match=r"^--test must be given"):
+        options.parse(NEEDED, needs_test=True)
+    with pytest.raises(InputError, match=r"^--task must be given"):
+        options.parse([*NEEDED[1:], "--task="])
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--topk=5", "There is no flag --topk. Did you mean --top_k?"),
+        ("--top-k=5", "There is no flag --top-k. Did you mean --top_k?"),
+        ("--outptu=x", "There is no flag --outptu. Did you mean --output?"),
+        ("--frobnicate", "There is no flag --frobnicate, neither ours nor Beam's."),
+        ("--top_k=many", "--top_k: invalid int value: 'many'"),
+        ("--top_k", "--top_k: expected one argument"),
+        ("--direct_num_workers=few", "--direct_num_workers: invalid int value"),
+        ("--top_k=0", "--top_k=0 must be at least 1."),
+        ("--dim=0", "--dim=0 must be at least 1."),
+        ("--dim=small", "--dim: give a number or auto, not 'small'"),
+        ("--recall=1", "--recall=1.0 must lie between 0 and 1."),
+        ("--recall=nan", "--recall=nan must lie between 0 and 1."),
+        ("--rescore=-1", "--rescore=-1 must be at least 0."),
+        ("--rescore=5", "--rescore=5 candidates cannot give --top_k=10 rows"),
+        ("--index_rows=0", "--index_rows=0 must be at least 1."),
+        ("--batch_size=-4", "--batch_size=-4 must be at least 0."),
+        ("--recall_queries=-1", "--recall_queries=-1 must be at least 0."),
+        ("--max_rejected=-0.1", "--max_rejected=-0.1 must be at least 0."),
+        ("--max_rejected=nan", "--max_rejected=nan"),
+        ("--test_name=train", "--test_name=train: take a plain name"),
+        ("--test_name=a/b", "--test_name=a/b: take a plain name"),
+        ("--test_name=", "--test_name=: take a plain name"),
+        ("--target=logits", "--target=logits is not known; take one of loss, predicted_loss"),
+    ],
+)
+def test_flags_that_are_wrong(flag, says, capsys):
+    with pytest.raises(InputError) as error:
+        parse(flag)
+    assert says in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_job_servers_keep_their_workers_between_stages():
+    def kept(*flags):
+        return int(parse(*flags)[1].get_all_options()["environment_cache_millis"])
+
+    assert kept("--runner=PortableRunner", "--job_endpoint=x") == 5000
+    assert kept("--runner", "FlinkRunner") == 5000
+    assert kept("--runner=FlinkRunner", "--environment_cache_millis=0") == 0
+    assert kept("--runner=DataflowRunner") == 0
+
+
+def test_unknown_flags_of_runners_with_a_job_server_are_theirs():
+    parse("--runner=FlinkRunner", "--flink_conf_dir=x", "--some_new_flink_option=1")
+    parse("--runner", "FlinkRunner", "--some_new_flink_option", "1")
+    with pytest.raises(InputError, match="Did you mean --rescore"):
+        parse("--runner=FlinkRunner", "--rescor=1")
+
+
+def test_words_that_belong_to_no_flag_are_an_error():
+    # An unquoted glob: the shell has made several words of it.
+    with pytest.raises(InputError, match=r"^a-2 belongs to no flag: write globs"):
+        parse("--train", "a-1", "a-2", "a-3")
+    with pytest.raises(InputError, match=r"^stray belongs"):
+        parse("--runner=FlinkRunner", "stray")
+
+
+class TestYaml:
+    @pytest.fixture
+    def config(self, tmp_path):
+        def write(text):
+            path = tmp_path / "flags.yaml"
+            path.write_text(text)
+            return f"--config={path}"
+
+        return write
+
+    def test_flags_of_every_type(self, config):
+        text = """
+            task: t.py:task
+            checkpoints: c
+            train: [a-*, b-*]
+            output: out
+            top_k: 4
+            max_rejected: 0.5
+            learning_rate: [0.1, 0.2]
+            overwrite: true
+            test:
+            project: mine
+        """
+        parsed, beam_options = options.parse([config(text)])
+        assert parsed.train == "a-*,b-*"
+        assert (parsed.top_k, parsed.max_rejected, parsed.overwrite) == (4, 0.5, True)
+        assert parsed.learning_rate == (0.1, 0.2)
+        assert parsed.test is None
+        assert beam_options.get_all_options()["project"] == "mine"
+
+    def test_the_command_line_wins(self, config):
+        flag = config("task: other.py:task\ntop_k: 4\nrescore: 50")
+        assert parse(flag, "--top_k=7")[0].top_k == 7
+        assert parse("--top_k=7", flag)[0].top_k == 7
+        assert parse(flag)[0].task == "t.py:task"
+        assert parse(flag)[0].rescore == 50
+
+    def test_false_leaves_a_switch_off(self, config):
+        assert parse(config("overwrite: false"))[0].overwrite is False
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("top_k: [", "is not valid YAML"),
+            ("- top_k", "must be a mapping of flag names to values"),
+            ("", "must be a mapping of flag names to values"),
+            ("1: 2", "must be a mapping of flag names to values"),
+            ("topk: 3", "There is no flag --topk. Did you mean --top_k?"),
+            ("top_k: 0", "--top_k=0 must be at least 1."),
+            ("a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+            ("train: {a: b}", "train must be a value or a list, not a mapping"),
+        ],
+    )
+    def test_files_that_are_wrong(self, config, text, says):
+        with pytest.raises(InputError) as error:
+            parse(config(text))
+        assert says in str(error.value)
+
+    def test_a_file_that_is_missing(self, tmp_path):
+        with pytest.raises(InputError, match=r"none.yaml cannot be read"):
+            parse(f"--config={tmp_path}/none.yaml")
+
+
+def test_help(capsys):
+    assert not options.wants_help(NEEDED, "x", "About.")
+    for flag in ("-h", "--help"):
+        assert options.wants_help([*NEEDED, flag], "python -m pipelines.x", "About this job.")
+        said = capsys.readouterr().out
+        assert said.startswith("usage: python -m pipelines.x")
+        for word in ("About this job.", "--top_k", "--config", "--runner=DataflowRunner"):
+            assert word in said
+
+
+@pytest.mark.parametrize("job", ["embed", "influence", "self_influence", "plan"])
+@pytest.mark.parametrize(
+    ("argv", "status", "says"),
+    [
+        (["--help"], 0, "--checkpoints"),
+        ([], 2, "--task, --checkpoints, --train"),
+        ([*NEEDED, "--test=x", "--topk=3"], 2, "Did you mean --top_k?"),
+        ([*NEEDED, "--test=x", "--top_k=x"], 2, "--top_k"),
+    ],
+)
+def test_help_and_flag_errors_do_not_wait_for_tensorflow(job, argv, status, says):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['pipelines.{job}', *{argv!r}]\n"
+        "try:\n"
+        f"    runpy.run_module('pipelines.{job}', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert 'tensorflow' not in sys.modules, 'TensorFlow was imported'\n"
+        "    assert 'keras' not in sys.modules, 'Keras was imported'\n"
+        "    raise\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,315 @@
+"""What is done is not done again, and a run that was killed ends as if it had not been."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny as t
+from kill import KILLED
+from tiny import Tiny, rows
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("influence", "self_influence")
+# Of several partitions, and with a test set whose tables have several files.
+FLAGS = {"index_rows": 16}
+
+
+def run_all(tiny, stages=STAGES, **changes):
+    for stage in stages:
+        assert tiny.run(stage, **{**FLAGS, **changes}) == 0
+
+
+# Killed.
+
+SLOW = t.TASK.replace(
+    "    columns = {",
+    """    import os, time
+    def wait(x):
+        time.sleep(float(os.environ.get("SLEEP", "0")))
+        return x
+    serialized = tf.py_function(wait, [serialized], tf.string)
+    serialized = tf.ensure_shape(serialized, [None])
+    columns = {""",
+)
+
+# Leaves the process, as a machine does that is switched off, at the n-th call of a function.
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory, launch):
+    """A folder with the input, and what a run makes of it that is not disturbed."""
+    tiny = Tiny(tmp_path_factory.mktemp("killed"), launch)
+    tiny.write_all(train=5)
+    tiny.write("train-1.tfrecord", [*rows("train1.", 8, 1)[:7], b"garbage"])
+    (tiny.folder / "task.py").write_text(SLOW)
+    run_all(tiny)
+    tiny.expected = t.contents(tiny.out)
+    return tiny
+
+
+@pytest.fixture
+def tiny(never_killed):
+    shutil.rmtree(never_killed.out)
+    return never_killed
+
+
+def python(*argv, **env):
+    return subprocess.Popen(
+        [sys.executable, *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def marks(tiny):
+    return {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in (tiny.out / "embeddings").rglob("*.json")
+    }
+
+
+def test_killed_while_it_embeds(tiny, pipeline_options):
+    argv = [*tiny.argv("influence", **FLAGS), *pipeline_options]
+    process = python("-m", "pipelines.influence", *argv, SLEEP="0.4")
+    while len(marks(tiny)) < 5 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    done = marks(tiny)
+    assert 5 <= len(done) < 14
+    files = {path.with_suffix(""): path.with_suffix("").stat().st_ino for path in done}
+    # What is under a final name is whole, marked or not.
+    for path in (tiny.out / "embeddings").rglob("[!.]*.tfrecord"):
+        assert path.read_bytes() == tiny.expected[str(path.relative_to(tiny.out))]
+    run_all(tiny)
+    assert t.contents(tiny.out) == tiny.expected
+    assert {path: marks(tiny)[path] for path in done} == done
+    assert {path: path.stat().st_ino for path in files} == files
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "name", "calls"),
+    [
+        ("influence", "tracin_beam.stages.embed", "_write_rejected", 2),
+        ("influence", "tracin_beam.stages.index", "build", 2),
+        ("influence", "tracin_beam.storage.tables", "write", 2),  # of an index partition's rows
+        ("influence", "tracin_beam.report.write", "write_influence_report", 1),
+        ("self_influence", "tracin_beam.storage.tables", "write", 3),
+    ],
+)
+def test_killed_later(tiny, pipeline_options, stage, module, name, calls):
+    argv = [*tiny.argv(stage, **FLAGS), *pipeline_options]
+    process = python("-c", KILLED, module, name, str(calls), stage, *argv)
+    said = process.communicate()[1]
+    assert process.returncode == 9, said
+    done = marks(tiny)
+    run_all(tiny)
+    assert t.contents(tiny.out) == tiny.expected
+    assert {path: marks(tiny)[path] for path in done} == done
+
+
+def test_unfinished_files_do_not_disturb(tiny):
+    for folder in ("embeddings/train/10", "index/part-00000/scann", "influence/test"):
+        (tiny.out / folder).mkdir(parents=True)
+        (tiny.out / folder / ".train-0.tfrecord.0123.tmp").write_bytes(b"half")
+        (tiny.out / folder / ".influence-00000-of-00002.parquet.0123.tmp").write_bytes(b"half")
+    run_all(tiny)
+    assert t.contents(tiny.out) == tiny.expected
+
+
+# Something has changed.
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, launch):
+    folder = tmp_path_factory.mktemp("changes")
+    tiny = Tiny(folder, launch)
+    tiny.write_all(train=5)
+    run_all(tiny)
+    shutil.copytree(folder, folder.with_name("kept"))
+    return tiny
+
+
+@pytest.fixture
+def made(kept):
+    """A folder in which both jobs have run."""
+    shutil.rmtree(kept.folder)
+    shutil.copytree(kept.folder.with_name("kept"), kept.folder)
+    return copy.deepcopy(kept)
+
+
+def changed(tiny, stages=("influence",), **flags):
+    """The units and partitions whose files a run wrote, once its tables are checked."""
+    before = t.snapshot(tiny.out)
+    run_all(tiny, stages, **flags)
+    after = t.snapshot(tiny.out)
+    tiny.check(tables=stages)
+    written = sorted(path for path in after if after[path] != before.get(path))
+    embedded, marked, indexed = set(), set(), set()
+    for path in written:
+        kind, _, rest = path.partition("/")
+        if kind == "embeddings" and rest.endswith(".json"):
+            marked.add(rest.removesuffix(".tfrecord.json"))
+        elif kind == "embeddings":
+            embedded.add(rest.removesuffix(".tfrecord"))
+        elif kind == "index" and rest != "plan.json":
+            indexed.add(rest.split("/")[0])
+    assert embedded == marked
+    return embedded, indexed
+
+
+def units(*shards, steps=t.STEPS):
+    return {f"{shard.split('-')[0]}/{step}/{shard}" for shard in shards for step in steps}
+
+
+ALL = units(*(f"train-{i}" for i in range(5)), "test-0", "test-1")
+PARTS = {"part-00000", "part-00001", "part-00002"}
+
+
+def test_nothing_changed(made):
+    before = t.snapshot(made.out, "influence/**/*")
+    assert changed(made, STAGES) == (set(), set())
+    assert t.snapshot(made.out, "influence/**/*") == before
+
+
+def test_a_new_shard(made):
+    made.write("train-01.tfrecord", rows("new", 6, 50))  # in the midst of the others
+    embedded, indexed = changed(made)
+    assert embedded == units("train-01")
+    assert indexed == {"part-00002"}  # which has room for it
+    made.write("train-7.tfrecord", rows("newer", 8, 51))
+    assert changed(made) == (units("train-7"), {"part-00003"})
+
+
+def test_a_new_test_shard(made):
+    made.write("test-2.tfrecord", rows("new", 6, 50))
+    assert changed(made) == (units("test-2"), set())
+    tables = {path.name for path in (made.out / "influence/test").glob("*.parquet")}
+    assert tables == {f"influence-0000{i}-of-00003.parquet" for i in range(3)}
+
+
+def test_a_new_checkpoint(made):
+    made.write_checkpoints((10, 20, 30), (0.5, 0.25, 0.125))
+    new = {unit.replace("/10/", "/30/") for unit in ALL if "/10/" in unit}
+    assert changed(made, STAGES) == (new, PARTS)
+
+
+def test_other_weights_at_the_same_step(made):
+    made.write_checkpoints(weights=[t.weights_at(10), t.weights_at(21)])
+    assert changed(made) == ({unit for unit in ALL if "/20/" in unit}, PARTS)
+
+
+def test_other_learning_rates(made):
+    made.write_checkpoints(rates=(0.5, 0.75))
+    assert changed(made) == (set(), PARTS)
+
+
+def test_a_changed_shard(made):
+    made.write("train-2.tfrecord", rows("other", 8, 60))
+    assert changed(made) == (units("train-2"), {"part-00001"})
+    made.write("test-0.tfrecord", rows("others", 5, 61))
+    assert changed(made) == (units("test-0"), set())
+
+
+def test_a_removed_shard(made):
+    for name in ("train-2.tfrecord", "test-1.tfrecord"):
+        (made.folder / name).unlink()
+        del made.shards[name]
+    assert changed(made, STAGES) == (set(), {"part-00001"})
+    assert made.run_json()["counts"]["train"]["shards"] == 4
+    # The last shard of a partition takes it along.
+    (made.folder / "train-4.tfrecord").unlink()
+    del made.shards["train-4.tfrecord"]
+    assert changed(made) == (set(), set())
+    made.write("train-4.tfrecord", rows("train4.", 8, 4))
+    embedded, indexed = changed(made)
+    assert embedded == set()
+    assert len(indexed) == 1
+
+
+def test_a_removed_shard_takes_its_rejected_records_along(made):
+    made.write("train-5.tfrecord", [*rows("new", 5, 50), b"garbage"])
+    assert made.run("embed") == 0
+    made.check_counts({("train-5.tfrecord", 5): "parse failed"})
+    (made.folder / "train-5.tfrecord").unlink()
+    del made.shards["train-5.tfrecord"]
+    assert made.run("embed") == 0
+    made.check_counts({})
+
+
+def test_a_deleted_embedding_file(made):
+    (made.out / "embeddings/train/10/train-3.tfrecord").unlink()
+    assert changed(made, top_k=99) == (units("train-3", steps=[10]), set())
+    (made.out / "embeddings/test/20/test-0.tfrecord.json").unlink()
+    assert changed(made) == (units("test-0", steps=[20]), set())
+
+
+def test_a_damaged_embedding_file_is_named(made, capfd):
+    path = made.out / "embeddings/train/10/train-3.tfrecord"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert made.run("self_influence") == 2
+    said = capfd.readouterr().err
+    assert str(path) in said
+    assert "Delete the file and run again" in said
+    path.unlink()
+    assert changed(made, ["self_influence"]) == (units("train-3", steps=[10]), set())
+
+
+def test_a_truncated_embedding_file_is_named(made, capfd):
+    path = made.out / "embeddings/train/10/train-3.tfrecord"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size // 8 * 5])  # whole records
+    assert made.run("self_influence") == 2
+    said = capfd.readouterr().err
+    assert "train-3.tfrecord" in said
+    assert "Delete" in said
+
+
+def test_another_top_k(made):
+    before = t.snapshot(made.out, "evaluation/**/*")
+    assert before
+    assert changed(made, top_k=50) == (set(), set())
+    assert t.snapshot(made.out, "evaluation/**/*") == before
+    assert made.run("influence", top_k=2, **FLAGS) == 0
+    assert len(t.table(made.out / "influence/test")) == 2 * 2 * 8
+    assert made.run_json()["quality"]["k"] == 2
+
+
+def test_another_test_set_shares_the_training_set(made):
+    before = t.snapshot(made.out)
+    assert made.run("influence", test_name="again", target="margin", **FLAGS) == 0
+    other = made.run_json()["quality"]
+    after = t.snapshot(made.out)
+    assert {path: after[path] for path in before} == before
+    new = {"/".join(path.split("/")[:2]) for path in set(after) - set(before)}
+    assert new == {"embeddings/again", "influence/again", "evaluation/again"}
+    # What is told of the first set is its own again.
+    assert made.run("influence", **FLAGS) == 0
+    assert made.run_json()["quality"] != other
+    assert made.run_json()["config"]["test_name"] == "test"
+
+
+def test_stale_tables_of_more_test_shards_are_removed(made):
+    (made.folder / "test-1.tfrecord").unlink()
+    del made.shards["test-1.tfrecord"]
+    assert changed(made) == (set(), set())
+    assert [p.name for p in (made.out / "influence/test").glob("*.parquet")] == [
+        "influence-00000-of-00001.parquet"
+    ]
+
+
+def test_a_run_json_of_nonsense(made, capfd):
+    (made.out / "run.json").write_text(json.dumps(made.run_json())[:-9])
+    assert made.run("embed") == 2
+    assert "run.json is not valid JSON" in capfd.readouterr().err

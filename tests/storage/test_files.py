@@ -1,0 +1,173 @@
+import gzip
+import hashlib
+import json
+import os
+
+import pytest
+from remote_files import PREFIX
+
+from tracin_beam.errors import InputError
+from tracin_beam.storage import files
+
+
+@pytest.fixture(params=["local", "remote"])
+def folder(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else PREFIX + str(tmp_path)
+
+
+def put(folder, *names):
+    for name in names:
+        with files.atomic_write(files.join(folder, name)) as handle:
+            handle.write(name.encode())
+
+
+def names(folder, pattern):
+    return [info.path.removeprefix(folder + "/") for info in files.match(pattern)]
+
+
+def test_match_is_sorted_without_repeats_and_knows_sizes(folder):
+    put(folder, "b.x", "a-10.x", "a-2.x", "sub/c.x", "other")
+    everything = f"{folder}/*.x"
+    assert names(folder, everything) == ["a-10.x", "a-2.x", "b.x"]
+    assert names(folder, f"{folder}/b.x, {everything},{folder}/sub/*") == [
+        "a-10.x",
+        "a-2.x",
+        "b.x",
+        "sub/c.x",
+    ]
+    assert names(folder, f"{folder}/**.x") == ["a-10.x", "a-2.x", "b.x", "sub/c.x"]
+    assert files.match(f"{folder}/a-10.x") == [files.FileInfo(f"{folder}/a-10.x", len("a-10.x"))]
+
+
+def test_match_relative_to_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(".", "b.x", "a.x", "sub/c.x")
+    assert [info.path for info in files.match("*.x,sub/*.x")] == ["a.x", "b.x", "sub/c.x"]
+    assert [info.path for info in files.match("./*.x")] == ["./a.x", "./b.x"]
+
+
+def test_match_takes_a_name_with_brackets_as_it_is(tmp_path):
+    put(str(tmp_path), "run[1].x")
+    assert len(files.match(f"{tmp_path}/run[1].x")) == 1
+
+
+def test_match_skips_hidden_files_unless_asked(folder):
+    put(folder, ".hidden.x", "seen.x")
+    assert names(folder, f"{folder}/*") == ["seen.x"]
+    assert names(folder, f"{folder}/.*.x") == [".hidden.x"]
+
+
+@pytest.mark.parametrize("pattern", ["{}/no-*.x", "{}/here.x,{}/absent.x", "{}/no/where/*", " , "])
+def test_match_names_the_pattern_that_matches_nothing(folder, pattern):
+    put(folder, "here.x")
+    missing = pattern.format(folder, folder).split(",")[-1].strip()
+    with pytest.raises(InputError) as raised:
+        files.match(pattern.format(folder, folder))
+    assert missing in str(raised.value)
+
+
+def test_match_never_returns_a_directory(tmp_path):
+    put(str(tmp_path), "shards.x/inner.y")
+    with pytest.raises(InputError, match="is a folder"):
+        files.match(str(tmp_path / "shards.x"))
+    with pytest.raises(InputError, match="No file matches"):
+        files.match(str(tmp_path / "*.x"))
+
+
+def test_match_on_an_unknown_file_system():
+    with pytest.raises(InputError, match="nowhere://"):
+        files.match("nowhere://bucket/*")
+
+
+def test_checksum_is_of_the_content(tmp_path):
+    path = tmp_path / "file"
+    content = os.urandom(3 << 20)
+    path.write_bytes(content)
+    before = files.checksum(str(path))
+    assert before == hashlib.blake2b(content, digest_size=16).hexdigest()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert files.checksum(str(path)) != before
+    assert files.checksum(f"{PREFIX}{path}") == f"etag-{len(content)}"
+
+
+def test_open_read_does_not_decompress(folder):
+    packed = gzip.compress(b"content")
+    with files.atomic_write(f"{folder}/a.gz") as handle:
+        handle.write(packed)
+    with files.open_read(f"{folder}/a.gz") as handle:
+        assert handle.read() == packed
+
+
+def test_local_copy_keeps_the_name_and_is_removed(folder):
+    put(folder, "model.weights.h5")
+    path = f"{folder}/model.weights.h5"
+    with files.local_copy(path) as local:
+        assert os.path.basename(local) == "model.weights.h5"
+        with open(local, "rb") as handle:
+            assert handle.read() == b"model.weights.h5"
+    assert os.path.exists(local) == (local == path)
+
+
+def test_atomic_write_shows_nothing_until_it_is_done(folder, tmp_path):
+    path = f"{folder}/new/data.tfrecord"
+    with files.atomic_write(path) as handle:
+        handle.write(b"one")
+        assert not files.exists(path)
+        [unfinished] = os.listdir(tmp_path / "new")
+        assert not unfinished.endswith(".tfrecord")
+    with files.atomic_write(path) as handle:
+        handle.write(b"two")
+        with files.open_read(path) as old:
+            assert old.read() == b"one"
+    with files.open_read(path) as new:
+        assert new.read() == b"two"
+    assert os.listdir(tmp_path / "new") == ["data.tfrecord"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_write_that_fails_leaves_what_was_there(folder, tmp_path, error):
+    put(folder, "kept")
+
+    def write():
+        with files.atomic_write(f"{folder}/kept") as handle:
+            handle.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert os.listdir(tmp_path) == ["kept"]
+    assert (tmp_path / "kept").read_bytes() == b"kept"
+
+
+def test_json_round_trip_and_damage(folder):
+    path = f"{folder}/run.json"
+    value = {"b": [1, 2.5, None], "a": "é"}
+    files.write_json(path, value)
+    assert files.read_json(path) == value
+    with files.open_read(path) as handle:
+        text = handle.read().decode()
+    assert text == json.dumps(value, indent=1) + "\n"
+    for damaged in (text[:-5].encode(), b"\xff\xfe"):
+        with files.atomic_write(path) as handle:
+            handle.write(damaged)
+        with pytest.raises(InputError, match=r"run\.json is not valid JSON"):
+            files.read_json(path)
+
+
+def test_remove_ignores_what_is_missing(folder, tmp_path):
+    put(folder, "a", "b", "c")
+    files.remove([f"{folder}/{name}" for name in ("a", "missing", "c")])
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_join(folder):
+    assert files.join(folder, "a", "b") == f"{folder}/a/b"
+    with pytest.raises(InputError, match="nowhere://x"):
+        files.join("nowhere://x", "a")
+
+
+def test_full_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.full("data/a") == str(tmp_path / "data" / "a")
+    assert files.full("/data/a") == "/data/a"
+    assert files.full("gs://bucket/a") == "gs://bucket/a"

@@ -1,0 +1,192 @@
+"""`pipelines.plan` from the command line to the printed plan; it writes nothing."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from tracin_beam.config import Config, PlanFlags
+from tracin_beam.errors import InputError
+from tracin_beam.jobs import launch, options, preflight
+from tracin_beam.jobs.preflight import Found
+from tracin_beam.storage import runs
+from tracin_beam.storage.runs import Shard, Unit
+
+if TYPE_CHECKING:
+    from tracin_beam.inputs.counting import Count
+    from tracin_beam.planning.pilot import Choice
+    from tracin_beam.planning.plan import Data, Plan, Speed
+
+PROG = "python -m pipelines.plan"
+_REQUESTS = 32  # made of a file system at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """All that is printed.
+
+    Attributes:
+      dim: length of an embedding that the plan is for.
+      checkpoints: how many.
+      sets: by name.
+      speed: as measured.
+      plan: what follows.
+      choice: of the dim; None with the projection "none".
+    """
+
+    dim: int
+    checkpoints: int
+    sets: "dict[str, Data]"
+    speed: "Speed"
+    plan: "Plan"
+    choice: "Choice | None"
+
+
+def main(about: str, argv: Sequence[str] | None = None) -> int:
+    """Prints a plan.
+
+    Returns:
+      The exit status: 0, or 2 for an input that has to be mended, which is said on stderr.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if options.wants_help(argv, PROG, about, plan=True):
+        return 0
+    try:
+        config, flags, beam_options = options.parse_plan(argv, prog=PROG)
+        launch.set_up_logging()
+        FileSystems.set_options(beam_options)
+        planned = make(config, flags)
+    except (InputError, OSError) as error:
+        launch.say(PROG, error)
+        return 2
+    print(json.dumps(as_json(planned), indent=1) if flags.json else as_text(planned, flags))
+    return 0
+
+
+def make(config: Config, flags: PlanFlags) -> Planned:
+    """Looks at the data, lets a sample of it through the engine, and plans the run.
+
+    Raises:
+      InputError: anything that the run would trip over.
+    """
+    found = preflight.look(config, with_test=bool(config.test))
+
+    from tracin_beam.planning import pilot, plan
+
+    run = found.run
+    counts = pilot.count(config, run.train, run.test)
+    speed = pilot.measure(run.source, run.checkpoints[-1], run.train)
+    choice = found.choice
+    if choice is None and config.projection != "none":
+        choice = pilot.choose_dim(
+            run.config, run.source, run.checkpoints, run.train, run.test, counts
+        )
+    todo = _todo(found)
+    train = _data(run.train, counts.train, len(run.checkpoints), todo)
+    test = _data(run.test, counts.test, len(run.checkpoints), todo) if run.test else None
+    dim = run.source.get().engine.dim
+    stored = sum(
+        pilot.embedding_bytes(dim, shards, count, pilot.id_bytes(run.source, shards))
+        for shards, count in ((run.train, counts.train), (run.test, counts.test))
+    )
+    job = plan.Job(
+        len(run.checkpoints),
+        dim,
+        config.top_k,
+        config.rescore,
+        config.recall_queries,
+        config.index_rows,
+        flags.hours,
+        flags.worker_memory,
+    )
+    sets = {runs.TRAIN: train} | ({config.test_name: test} if test else {})
+    return Planned(
+        dim, len(run.checkpoints), sets, speed, plan.make(train, test, stored, speed, job), choice
+    )
+
+
+def _todo(found: Found) -> list[Unit]:
+    """The units that are still to be embedded."""
+    run = found.run
+    if found.stale or not found.earlier:
+        return list(run.units)
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        done = pool.map(lambda unit: runs.read_unit(run.output, unit), run.units)
+        return [unit for unit, result in zip(run.units, done, strict=True) if result is None]
+
+
+def _data(
+    shards: Sequence[Shard], count: "Count", checkpoints: int, todo: Sequence[Unit]
+) -> "Data":
+    from tracin_beam.planning.plan import Data
+
+    records = {shard.path: n for shard, n in zip(shards, count.records, strict=True)}
+    mine = [records[unit.shard.path] for unit in todo if unit.shard.path in records]
+    return Data(count.records, count.exact, len(shards) * checkpoints, sum(mine), len(mine))
+
+
+def as_json(planned: Planned) -> dict[str, Any]:
+    """The plan for a program: numbers of bytes, seconds, examples."""
+    choice = planned.choice
+    return {
+        "dim": planned.dim,
+        "checkpoints": planned.checkpoints,
+        "sets": {
+            name: {
+                "shards": len(data.records),
+                "examples": data.total,
+                "exact": data.exact,
+                "units": data.units,
+                "units_todo": data.units_todo,
+            }
+            for name, data in planned.sets.items()
+        },
+        "speed": dataclasses.asdict(planned.speed),
+        **dataclasses.asdict(planned.plan),
+        "worker_hours": planned.plan.worker_hours,
+        "suggested_dim": dataclasses.asdict(choice) if choice else None,
+    }
+
+
+def as_text(planned: Planned, flags: PlanFlags) -> str:
+    """The plan for a reader."""
+    from tracin_beam.planning.plan import duration, size
+
+    plan, speed = planned.plan, planned.speed
+    lines = []
+    for name, data in planned.sets.items():
+        about = "" if data.exact else "about "
+        lines.append(
+            f"{name}: {about}{data.total:,} examples in {len(data.records):,} shards; "
+            f"{data.units_todo:,} of {data.units:,} units (shards × checkpoints) to embed"
+        )
+    if not all(data.exact for data in planned.sets.values()):
+        lines.append("(estimated from the size of the shards and their first records)")
+    lines += [
+        "",
+        f"embeddings: {size(plan.embedding_bytes)} with --dim={planned.dim}, "
+        f"{planned.checkpoints} checkpoint(s)",
+    ]
+    if plan.parts:
+        lines.append(f"index: {size(plan.index_bytes)} in {plan.parts} part(s)")
+    if planned.choice:
+        lines += ["", *planned.choice.lines()]
+    lines += [
+        "",
+        f"A worker like this machine embeds {speed.embed_rows:,.0f} examples a second at each "
+        f"checkpoint. Its time:",
+    ]
+    lines += [f"  {stage}: {duration(seconds)}" for stage, seconds in plan.seconds.items()]
+    lines += [
+        f"  together: {plan.worker_hours:,.2f} worker hours, without the workers' start",
+        f"Memory of a worker: {size(plan.memory)}",
+        "",
+        f"For --hours={flags.hours:g}: {plan.workers} worker(s)",
+    ]
+    if plan.parts:
+        lines.append(f"Suggested: --index_rows={plan.index_rows}")
+    return "\n".join([*lines, *plan.advice])

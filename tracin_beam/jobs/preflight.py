@@ -1,0 +1,363 @@
+"""Checks before a run: flags → `Run`, or an error that says what is wrong with them.
+
+All that can be wrong with the input is looked for before a graph is made: the task is imported,
+the checkpoints loaded, and some records go through the whole computation once.
+"""
+
+import dataclasses
+import itertools
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import apache_beam as beam
+
+from tracin_beam._version import __version__
+from tracin_beam.config import Config
+from tracin_beam.errors import InputError, reason
+from tracin_beam.inputs.checkpoints import read_checkpoints
+from tracin_beam.inputs.task import Task, load_task
+from tracin_beam.planning import dims
+from tracin_beam.storage import files, runs
+from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, Unit
+
+_log = logging.getLogger(__name__)
+
+# Records that are tried together, and how many of each set at most, should they all be unusable.
+_PILOT = 64
+_MOST_TRIED = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked configuration and what follows from it.
+
+    Attributes:
+      config: the flags.
+      output: the output directory.
+      checkpoints: in training order.
+      train, test: shards; no test shards where the job needs none.
+      units: what is to be embedded.
+      source: the engine.
+      explicit_ids: whether the task gives ids.
+      fingerprint: of task and projection, by what a user calls its parts.
+      started: seconds since the epoch.
+    """
+
+    config: Config
+    output: Output
+    checkpoints: tuple[CheckpointFile, ...]
+    train: tuple[Shard, ...]
+    test: tuple[Shard, ...]
+    units: tuple[Unit, ...]
+    source: Any
+    explicit_ids: bool
+    fingerprint: dict[str, str]
+    started: float
+
+    @property
+    def shard_fingerprints(self) -> dict[str, str]:
+        """By path of a shard: what its embeddings and their scores depend on."""
+        rates = [c.learning_rate for c in self.checkpoints]
+        by_shard: dict[str, list[str]] = {}
+        for unit in self.units:
+            by_shard.setdefault(unit.shard.path, []).append(unit.fingerprint)
+        return {path: runs.digest([marks, rates]) for path, marks in by_shard.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A run that could begin, and what is in its output directory.
+
+    Attributes:
+      run: the checked run; its `config.dim` is a number.
+      earlier: run.json of earlier runs; empty if the output is new, or to be overwritten.
+      stale: whether all that is in the output is to be overwritten.
+      choice: of the dim, if it was chosen now.
+    """
+
+    run: Run
+    earlier: dict[str, Any]
+    stale: bool
+    choice: Any
+
+
+def prepare(config: Config, *, with_test: bool) -> Run:
+    """Checks a configuration against what it names, and begins run.json.
+
+    Raises:
+      InputError: anything that the run would trip over.
+    """
+    found = look(config, with_test=with_test)
+    run, sets = found.run, found.earlier.get("sets", {})
+    if found.stale:
+        runs.clear(run.output)
+    described: dict[str, Any] = {TRAIN: {"shards": {s.path: s.name for s in run.train}}}
+    if run.test:
+        described[config.test_name] = {
+            "shards": {s.path: s.name for s in run.test},
+            "target": config.target,
+        }
+    gone = [
+        run.output.rejected(name, Shard(path, shard, ""))
+        for name in described
+        for path, shard in sets.get(name, {}).get("shards", {}).items()
+        if path not in described[name]["shards"]
+    ]
+    news: dict[str, Any] = {"sets": {**sets, **described}}
+    if found.choice:
+        for line in found.choice.lines():
+            _log.info("%s", line)
+        news["dim_auto"] = dataclasses.asdict(found.choice)
+    try:
+        files.remove(gone)
+        write_run(run, found.earlier, news)
+    except OSError as error:
+        raise InputError(f"--output={config.output} cannot be written to: {error}") from error
+    return run
+
+
+def look(config: Config, *, with_test: bool) -> Found:
+    """Checks a configuration against what it names, and writes nothing.
+
+    Raises:
+      InputError: anything that the run would trip over.
+    """
+    started = time.time()
+    output = Output(files.full(config.output) if config.output else "")
+    checkpoints = tuple(
+        CheckpointFile(files.full(c.path), c.step, c.epoch, c.learning_rate, files.checksum(c.path))
+        for c in read_checkpoints(config.checkpoints, config.learning_rate)
+    )
+    earlier = runs.read_run(output) if config.output else {}
+    sets = earlier.get("sets", {})
+    train = _shards(config.train, TRAIN, "train", sets)
+    test = _shards(config.test, config.test_name, "test", sets) if with_test and config.test else ()
+    both = {files.absolute(s.path) for s in train} & {files.absolute(s.path) for s in test}
+    if both:
+        raise InputError(f"--train and --test both name {sorted(both)[0]}")
+
+    kept = _earlier_dim(earlier)
+    automatic = config.dim == "auto"
+    if config.dim == "auto":
+        config = dataclasses.replace(config, dim=kept or dims.DIMS[0])
+    source, fingerprint, explicit_ids = _try_out(config, checkpoints, train, test)
+    changed = stale = runs.changes(earlier.get("fingerprint", fingerprint), fingerprint)
+    target = sets.get(config.test_name, {}).get("target", config.target)
+    if test and target != config.target:
+        changed = [
+            *stale,
+            f"target of the test set {config.test_name!r} ({target} → {config.target}; "
+            "another --test_name keeps both)",
+        ]
+    if changed and not config.overwrite:
+        raise InputError(
+            f"{config.output} holds results of another run; what changed: {', '.join(changed)}. "
+            "Choose another --output, or --overwrite the results that are there."
+        )
+    if stale:
+        earlier = {}
+    choice = None
+    if automatic and kept and not stale:
+        _log.info("--dim=auto: %d, as in the earlier run in %s", kept, config.output)
+    elif automatic and config.projection != "none":
+        choice, source = _chosen(config, source, checkpoints, train, test)
+        config = dataclasses.replace(config, dim=choice.dim)
+        fingerprint = {**fingerprint, "dim": str(choice.dim)}
+    sides = ((TRAIN, train, "loss"), (config.test_name, test, config.target))
+    units = tuple(
+        Unit(
+            name,
+            shard,
+            checkpoint,
+            target,
+            runs.digest(
+                [fingerprint, target, shard.path, shard.name, shard.identity, checkpoint.identity]
+            ),
+        )
+        for name, shards, target in sides
+        for shard, checkpoint in itertools.product(shards, checkpoints)
+    )
+    run = Run(
+        config,
+        output,
+        checkpoints,
+        train,
+        test,
+        units,
+        source,
+        explicit_ids,
+        fingerprint,
+        started,
+    )
+    return Found(run, earlier, bool(stale), choice)
+
+
+def _earlier_dim(earlier: dict[str, Any]) -> int | None:
+    dim = earlier.get("fingerprint", {}).get("dim")
+    return int(dim) if dim else None
+
+
+def _chosen(
+    config: Config,
+    source: Any,
+    checkpoints: Sequence[CheckpointFile],
+    train: Sequence[Shard],
+    test: Sequence[Shard],
+) -> tuple[Any, Any]:
+    """The dim that a pilot sample finds good, and the engine with it."""
+    from tracin_beam.planning import pilot
+    from tracin_beam.stages import workers
+
+    counts = pilot.count(config, train, test)
+    choice = pilot.choose_dim(config, source, checkpoints, train, test, counts)
+    loaded = source.get()
+    engine_config = dataclasses.replace(source.config, dim=choice.dim)
+    source = dataclasses.replace(source, config=engine_config)
+    if engine_config != loaded.engine.config:
+        workers.adopt(
+            source, workers.load(loaded.task, loaded.parser, engine_config, source.sample)
+        )
+    return choice, source
+
+
+def _shards(
+    pattern: str | None, set_name: str, flag: str, sets: dict[str, Any]
+) -> tuple[Shard, ...]:
+    known = sets.get(set_name, {}).get("shards", {})
+    return tuple(runs.find_shards(pattern or "", flag, known))
+
+
+def _try_out(
+    config: Config,
+    checkpoints: Sequence[CheckpointFile],
+    train: Sequence[Shard],
+    test: Sequence[Shard],
+) -> tuple[Any, dict[str, str], bool]:
+    """Loads everything once and runs some records through it."""
+    task, task_source = load_task(config.task)
+
+    from tracin_beam.gradients import projections
+    from tracin_beam.gradients.engine import EngineConfig, Parser
+    from tracin_beam.jobs import fingerprints
+    from tracin_beam.stages import workers
+
+    if config.projection not in projections.names():
+        raise InputError(
+            f"--projection={config.projection} is not known; "
+            f"take one of {', '.join(projections.names())}."
+        )
+    parser = Parser(task)
+    engine_config = EngineConfig(
+        config.layers,
+        config.projection,
+        int(config.dim),
+        config.seed,
+        config.batch_size,
+        config.norms,
+        config.ways,
+    )
+    sample, loaded = _load(task, parser, engine_config, train)
+    # Only now, as building the model may have imported more of the user's modules.
+    source = workers.EngineSource(task_source(), engine_config, sample)
+    workers.adopt(source, loaded)
+    for checkpoint in checkpoints:
+        usable = _try(loaded, checkpoint, "loss", "train", train)
+        if test:
+            _try(loaded, checkpoint, config.target, "test", test)
+    batch = parser([record.data for record in usable])
+    try:
+        loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
+    except InputError as error:
+        _log.warning("%s. Each example will be computed by itself, which is slower.", error)
+        source = dataclasses.replace(source, config=dataclasses.replace(engine_config, rules=False))
+        loaded = workers.load(task, parser, source.config, sample)
+        workers.adopt(source, loaded)
+        loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
+    return source, fingerprints.of_task(task, loaded.engine), parser.gives_ids
+
+
+def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -> tuple[bytes, Any]:
+    """The engine, built for the first record that parses and that the model takes."""
+    from tracin_beam.stages import workers
+    from tracin_beam.storage import records
+
+    tried, failures, first = 0, 0, ""
+    every = (record for shard in train for record in records.read_records(shard.path))
+    for record in itertools.islice(every, _MOST_TRIED):
+        tried += 1
+        try:
+            if isinstance(record, records.BadRecord):
+                raise ValueError(record.reason)
+            parser([record.data])
+        except Exception as error:  # whatever the user's parse raises
+            first = first or reason(error)
+            continue
+        try:
+            return record.data, workers.load(task, parser, engine_config, record.data)
+        except InputError:
+            raise
+        except Exception as error:  # whatever the user's model raises
+            failures += 1
+            if failures == 3:
+                raise InputError(f"the model fails on what parse gives: {reason(error)}") from error
+    if not tried:
+        raise InputError(f"--train: {train[0].path} and all other shards are empty")
+    raise InputError(
+        f"--train: none of the first {tried} records can be parsed. "
+        f"The first of {train[0].path}: {first}"
+    )
+
+
+def _try(
+    loaded: Any, checkpoint: CheckpointFile, target: str, flag: str, shards: Sequence[Shard]
+) -> list[Any]:
+    """Some of the first records that can be used at a checkpoint; an InputError if none can."""
+    from tracin_beam.stages import embed
+    from tracin_beam.storage import records
+
+    tried, first = 0, ""
+    for shard in shards:
+        found = records.read_records(shard.path)
+        while tried < _MOST_TRIED and (some := list(itertools.islice(found, _PILOT))):
+            tried += len(some)
+            for rows, rejected in embed.embed_records(loaded, checkpoint, target, shard.name, some):
+                if rows is not None:
+                    usable = set(rows.position.tolist())
+                    return [record for record in some if record.position in usable]
+                position, why = rejected[0]
+                first = first or f"The first is record {position} of {shard.path}: {why}"
+    if not tried:
+        raise InputError(f"--{flag}: {shards[0].path} and all other shards are empty")
+    raise InputError(f"--{flag}: none of the first {tried} records can be used. {first}")
+
+
+def write_run(run: Run, earlier: dict[str, Any], news: dict[str, Any]) -> None:
+    """Writes run.json: what an earlier run left in it, what this one is, and its news."""
+    config = dataclasses.asdict(run.config)
+    described = {
+        "method": "TracInCP",
+        "config": config,
+        "versions": _versions(),
+        "fingerprint": run.fingerprint,
+        "checkpoints": [
+            {"path": c.path, "step": c.step, "epoch": c.epoch, "learning_rate": c.learning_rate}
+            for c in run.checkpoints
+        ],
+    }
+    files.write_json(run.output.run, {**earlier, **described, **news})
+
+
+def _versions() -> dict[str, str]:
+    import keras
+    import tensorflow as tf
+
+    return {
+        "tracin_beam": __version__,
+        "apache_beam": beam.__version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,319 @@
+"""What a run will take, as arithmetic over counts, sizes and measured speeds.
+
+Speeds are those of one worker like the machine that measured them. What ScaNN takes was measured
+once, on two cores (benchmarks/dim_auto.py tells how), and is an order of magnitude elsewhere.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tracin_beam.stages import index, influence
+from tracin_beam.storage import embeddings
+
+# ScaNN, by float of the indexed rows: seconds to build a tree, and to search for one query.
+_BUILD_SECONDS = 4e-7
+_SEARCH_SECONDS = 2e-11
+# Bytes held while an index is built, as multiples of its rows': copies, and ScaNN's own.
+_BUILD_COPIES, _BRUTE_FORCE_COPIES = 5.1, 3.0
+# Of a tree's index, by float of its rows: themselves and half a byte quantised.
+_TREE_BYTES = 4.5
+_ROW_BYTES = 3  # of rows.parquet
+# A unit should be long against a worker's overhead, and short against what a failure costs.
+SHORT_UNIT, LONG_UNIT = 10.0, 1800.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A set's shards.
+
+    Attributes:
+      records: number of records of each shard.
+      exact: whether they were counted, rather than estimated from the shards' sizes.
+      units: how many (shard, checkpoint) pairs there are.
+      todo: records of the units that are not done yet, all checkpoints together.
+      units_todo: how many units that are.
+    """
+
+    records: tuple[int, ...]
+    exact: bool
+    units: int
+    todo: int
+    units_todo: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What the pilot measured.
+
+    Attributes:
+      embed_rows: examples per second and checkpoint, the whole way from shard to embedding file.
+      score_rows: the same of exact scores for one block of queries.
+      batch_size: examples computed at a time; a block of queries holds as many.
+      query_bytes: of a block's gradients.
+      memory: peak of the measuring process in bytes.
+    """
+
+    embed_rows: float
+    score_rows: float
+    batch_size: int
+    query_bytes: int
+    memory: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is asked for.
+
+    Attributes:
+      checkpoints: how many.
+      dim: length of an embedding.
+      top_k, rescore, recall_queries, index_rows: the flags.
+      hours: wanted wall time.
+      worker_memory: bytes.
+    """
+
+    checkpoints: int
+    dim: int
+    top_k: int
+    rescore: int
+    recall_queries: int
+    index_rows: int
+    hours: float
+    worker_memory: int
+
+
+def record_bytes(dim: int, identity: int) -> int:
+    """Bytes of a record in an embedding file whose id has so many bytes."""
+    handle = io.BytesIO()
+    one = np.zeros(1, np.float32)
+    ids = np.array([b"x" * identity], object)
+    rows = embeddings.Embeddings(
+        ids, np.array([10_000]), one, one, one, one, np.zeros((1, dim), np.float32)
+    )
+    embeddings.EmbeddingWriter(handle).write(rows)
+    return len(handle.getvalue())
+
+
+def parts_of_index(records: Sequence[int], index_rows: int) -> list[int]:
+    """Rows of each part of the index, which holds whole shards (see `index.plan`)."""
+    parts = [0]
+    for count in records:
+        if parts[-1] and parts[-1] + count > index_rows:
+            parts.append(0)
+        parts[-1] += count
+    return [rows for rows in parts if rows]
+
+
+def part_bytes(rows: int, width: int) -> int:
+    """Bytes of a part of the index, in files and in a worker that searches it.
+
+    Args:
+      rows: how many.
+      width: numbers in a row, dim × checkpoints.
+    """
+    if rows < index._BRUTE_FORCE_ROWS:
+        return rows * (4 * width + _ROW_BYTES)
+    leaves = round(math.sqrt(rows))
+    return int(rows * (_TREE_BYTES * width + 4 + _ROW_BYTES) + 8 * leaves * width)
+
+
+def index_bytes(records: Sequence[int], width: int, index_rows: int) -> int:
+    """Bytes of the whole index."""
+    return sum(part_bytes(rows, width) for rows in parts_of_index(records, index_rows))
+
+
+def build_memory(rows: int, width: int) -> int:
+    """Bytes that a worker holds while it builds a part of the index."""
+    copies = _BRUTE_FORCE_COPIES if rows < index._BRUTE_FORCE_ROWS else _BUILD_COPIES
+    return int(copies * 4 * rows * width)
+
+
+def fitting_rows(memory: int, width: int) -> int:
+    """The most rows of a part of the index that this memory is enough for; two digits of it."""
+    rows = int(memory / (_BUILD_COPIES * 4 * width))
+    if rows < 1:
+        return 0
+    digit = 10 ** max(0, len(str(rows)) - 2)
+    return rows // digit * digit
+
+
+def rescore_memory(tests: int, job: Job, speed: Speed) -> int:
+    """Bytes that a worker holds while it scores candidates: of queries, and of their records."""
+    if not (tests and job.rescore):
+        return 0
+    blocks = math.ceil(tests / speed.batch_size) * job.checkpoints
+    kept = min(influence._QUERY_CACHE_BYTES, blocks * speed.query_bytes)
+    return max(kept, speed.query_bytes) + influence._CHUNK_BYTES
+
+
+def rescored(train: Sequence[int], tests: int, job: Job, batch_size: int) -> float:
+    """Examples whose gradients are computed anew, all checkpoints together, to score candidates.
+
+    Queries go through a shard in blocks of a batch, each with the union of its candidates, in
+    whole batches.
+    """
+    if not (tests and job.rescore):
+        return 0.0
+    if sum(train) * tests <= influence._ALL_PAIRS:
+        per_block = sum(_padded(count, batch_size) for count in train)
+    else:
+        in_block = min(tests, batch_size) * 2 * min(job.rescore, sum(train))
+        per_block = 0.0
+        for count in train:
+            if count:
+                asked = in_block * count / sum(train)
+                distinct = count * -math.expm1(-asked / count)
+                per_block += min(1.0, distinct) * _padded(max(1.0, distinct), batch_size)
+    return job.checkpoints * math.ceil(tests / batch_size) * per_block
+
+
+def checked(train: Sequence[int], tests: int, job: Job, batch_size: int) -> float:
+    """The same for the queries by which the recall is measured: all of the training set.
+
+    They share blocks, most often one.
+    """
+    blocks = math.ceil(min(job.recall_queries, tests) / batch_size)
+    return job.checkpoints * blocks * float(sum(_padded(count, batch_size) for count in train))
+
+
+def _padded(count: float, batch_size: int) -> float:
+    return math.ceil(count / batch_size) * batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+      embedding_bytes: of all embedding files of both sets, those that are there already included.
+      index_bytes: of the index; 0 without a test set, as the ones below.
+      seconds: of one worker, by stage.
+      workers: suggested number.
+      memory: bytes of a worker, the most that any stage takes.
+      index_rows: suggested `--index_rows`.
+      parts: of the index, with the `--index_rows` that were asked for.
+      advice: sentences.
+    """
+
+    embedding_bytes: int
+    index_bytes: int
+    seconds: dict[str, float]
+    workers: int
+    memory: int
+    index_rows: int
+    parts: int
+    advice: tuple[str, ...]
+
+    @property
+    def worker_hours(self) -> float:
+        return sum(self.seconds.values()) / 3600
+
+
+def make(train: Data, test: Data | None, stored: int, speed: Speed, job: Job) -> Plan:
+    """Puts the numbers together.
+
+    Args:
+      train, test: the sets.
+      stored: bytes of the embedding files of both at one checkpoint.
+      speed: as measured.
+      job: what is asked for.
+    """
+    sets = [data for data in (train, test) if data]
+    tests = test.total if test else 0
+    width = job.dim * job.checkpoints
+    seconds = {"embed": sum(data.todo for data in sets) / speed.embed_rows}
+    parts = parts_of_index(train.records, job.index_rows) if test else []
+    memory = speed.memory
+    if test:
+        trees = sum(rows for rows in parts if rows >= index._BRUTE_FORCE_ROWS)
+        seconds["index"] = _BUILD_SECONDS * trees * width
+        seconds["search"] = _SEARCH_SECONDS * train.total * width * tests * 2
+        scored = rescored(train.records, tests, job, speed.batch_size)
+        seconds["rescore"] = scored / speed.score_rows
+        seen = checked(train.records, tests, job, speed.batch_size)
+        seconds["recall"] = seen / speed.score_rows
+        memory += max(build_memory(max(parts, default=0), width), rescore_memory(tests, job, speed))
+    units = sum(data.units_todo for data in sets)
+    wanted = max(1, math.ceil(sum(seconds.values()) / (3600 * job.hours)))
+    workers = max(1, min(wanted, max(units, len(parts))))
+    fits = fitting_rows(job.worker_memory - speed.memory, width)
+    even = max(index._BRUTE_FORCE_ROWS, math.ceil(train.total / workers))
+    advice = [
+        *_about_shards(train, speed, job, units, wanted),
+        *_about_memory(memory, job, fits, max(train.records, default=0), bool(test)),
+    ]
+    return Plan(
+        job.checkpoints * stored,
+        sum(part_bytes(rows, width) for rows in parts),
+        seconds,
+        workers,
+        memory,
+        max(1, min(fits, even, train.total)),
+        len(parts),
+        tuple(advice),
+    )
+
+
+def _about_shards(train: Data, speed: Speed, job: Job, units: int, wanted: int) -> list[str]:
+    said = []
+    if units and wanted > units:
+        shards = math.ceil(wanted / job.checkpoints)
+        said.append(
+            f"--hours={job.hours:g} would take {wanted} workers, but there are only {units} units "
+            f"(shards × checkpoints) to embed: cut the training set into {shards} shards or more."
+        )
+    longest = max(train.records, default=0) / speed.embed_rows
+    typical = train.total / max(1, len(train.records)) / speed.embed_rows
+    if longest > LONG_UNIT:
+        rows = int(LONG_UNIT * speed.embed_rows)
+        said.append(
+            f"The largest training shard takes a worker {duration(longest)} at each checkpoint, "
+            f"which is lost if the worker is: {rows:,} examples take {duration(LONG_UNIT)}."
+        )
+    if units > 1000 and typical < SHORT_UNIT:
+        rows = int(SHORT_UNIT * speed.embed_rows)
+        said.append(
+            f"A training shard takes only {duration(typical)} at each checkpoint, little against "
+            f"what a worker needs to begin and end one: put {rows:,} or more examples in a shard."
+        )
+    return said
+
+
+def _about_memory(memory: int, job: Job, fits: int, largest: int, indexed: bool) -> list[str]:
+    if memory <= job.worker_memory:
+        return []
+    said = f"A worker needs {size(memory)}, more than --worker_memory={size(job.worker_memory)}: "
+    if not indexed or not fits:
+        return [said + "give it more, or lower --batch_size."]
+    if largest > fits:
+        return [
+            said + f"a part of the index holds whole shards, so that none should have more than "
+            f"{fits:,} examples, with --index_rows={fits}."
+        ]
+    return [said + f"take --index_rows={fits}."]
+
+
+def size(count: float) -> str:
+    """A number of bytes, in units of 1024."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if count < 1024 or unit == "TB":
+            break
+        count /= 1024
+    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time, rounded."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,399 @@
+"""Shards × checkpoints → embedding files."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.metrics import Metrics
+
+from tracin_beam.errors import InputError, reason
+from tracin_beam.stages.workers import EngineSource, Loaded
+from tracin_beam.storage import embeddings, files, records, runs
+from tracin_beam.storage.embeddings import Embeddings
+from tracin_beam.storage.runs import CheckpointFile, Output, ShardResult, Unit, UnitResult
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def embed_records(
+    loaded: Loaded,
+    checkpoint: CheckpointFile,
+    target: str,
+    shard_name: str,
+    source: Iterable[records.Record | records.BadRecord],
+) -> Iterator[tuple[Embeddings | None, list[tuple[int, str]]]]:
+    """Embeds a shard's records, a batch at a time.
+
+    Args:
+      loaded: task and engine.
+      checkpoint: whose weights to take.
+      target: what to differentiate.
+      shard_name: for the ids of examples that bring none.
+      source: the records, and what could not be read.
+
+    Yields:
+      The rows of the records that could be used, or None, and (position, reason) of the others.
+    """
+    for batch, kept, rejected in ahead(_parsed(loaded, source)):
+        rows = None
+        if batch is not None:
+            rows, refused = _embed_batch(loaded, checkpoint, target, shard_name, batch, kept)
+            rejected += [(place, f"{why} at step {checkpoint.step}") for place, why in refused]
+        yield rows, sorted(rejected)
+
+
+def _parsed(
+    loaded: Loaded, source: Iterable[records.Record | records.BadRecord]
+) -> Iterator[tuple[Any, list[int], list[tuple[int, str]]]]:
+    """Parsed batches of records, as `parse_records` gives them, with what could not be read."""
+    for waiting, bad in _batches(source, loaded.engine.batch_size):
+        batch, kept, refused = parse_records(loaded, waiting)
+        yield batch, kept, [*((record.position, record.reason) for record in bad), *refused]
+
+
+def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+    """The items, made in a thread of its own, a few at most before they are asked for."""
+    iterator = iter(items)
+    end: Any = object()
+    with concurrent.futures.ThreadPoolExecutor(1) as maker:
+        coming = collections.deque(maker.submit(next, iterator, end) for _ in range(count))
+        try:
+            while (item := coming.popleft().result()) is not end:
+                coming.append(maker.submit(next, iterator, end))
+                yield item
+        finally:
+            maker.shutdown(cancel_futures=True)
+
+
+def parse_records(
+    loaded: Loaded, waiting: Sequence[records.Record]
+) -> tuple[Any, list[int], list[tuple[int, str]]]:
+    """Parses records; those that do not parse are set aside, one by one.
+
+    Returns:
+      The batch (None if nothing is left), the positions of its examples, and (position, reason)
+      of the records that do not parse.
+    """
+    batch, good, refused = without_failing(
+        lambda some: loaded.parse([record.data for record in some]), waiting
+    )
+    rejected = [(record.position, f"parse failed: {why}") for record, why in refused]
+    return batch, [record.position for record in good], rejected
+
+
+def _embed_batch(
+    loaded: Loaded,
+    checkpoint: CheckpointFile,
+    target: str,
+    shard_name: str,
+    batch: Any,
+    positions: list[int],
+) -> tuple[Embeddings | None, list[tuple[int, str]]]:
+    engine = loaded.engine
+    values = engine.values(checkpoint.path)
+    everything = list(range(batch.size))
+    result, kept, refused = without_failing(
+        lambda some: engine.embed(
+            values, batch if len(some) == batch.size else batch.take(some), target
+        ),
+        everything,
+    )
+    rejected = [(positions[i], f"the model or the loss fails: {why}") for i, why in refused]
+    if result is None:
+        return None, rejected
+    if rejected:
+        batch, positions = batch.take(kept), [positions[i] for i in kept]
+    finite = np.isfinite(result.squared_norm) & np.isfinite(result.embedding).all(axis=1)
+    if target == "loss":
+        not_finite_loss = ~np.isfinite(result.loss)
+    else:
+        not_finite_loss = np.isinf(result.loss)
+    usable = finite & ~not_finite_loss
+    for i in np.flatnonzero(~usable):
+        what = (
+            f"the loss is {result.loss[i]}" if not_finite_loss[i] else "the gradient is not finite"
+        )
+        rejected.append((positions[i], what))
+    if batch.ids is not None:
+        ids = batch.ids
+    else:
+        ids = np.array([f"{shard_name}#{p}".encode() for p in positions], object)
+    rows = Embeddings(
+        ids,
+        np.array(positions, np.int64),
+        result.label,
+        result.prediction,
+        result.loss,
+        result.squared_norm,
+        result.embedding,
+    ).take(usable)
+    return (rows if len(rows) else None), rejected
+
+
+def _batches(
+    source: Iterable[records.Record | records.BadRecord], size: int
+) -> Iterator[tuple[list[records.Record], list[records.BadRecord]]]:
+    good: list[records.Record] = []
+    bad: list[records.BadRecord] = []
+    for record in source:
+        if isinstance(record, records.BadRecord):
+            bad.append(record)
+        else:
+            good.append(record)
+        if len(good) == size:
+            yield good, bad
+            good, bad = [], []
+    if good or bad:
+        yield good, bad
+
+
+def without_failing(
+    attempt: Callable[[Sequence[Any]], T], items: Sequence[Any]
+) -> tuple[T | None, Sequence[Any], list[tuple[Any, str]]]:
+    """Attempts all items at once, and if that fails, without those that fail on their own.
+
+    Returns:
+      The result (None if no item is left), its items, and the others with the reasons.
+    """
+    try:
+        return (attempt(items) if items else None), items, []
+    except InputError:
+        raise
+    except Exception as error:
+        refused = _failing(attempt, items, error)
+    bad = {id(item) for item, _ in refused}
+    kept = [item for item in items if id(item) not in bad]
+    if not kept:
+        return None, kept, refused
+    try:
+        return attempt(kept), kept, refused
+    except Exception as error:  # each goes by itself, as those of different shapes do
+        together = _largest_group(attempt, kept)
+        others = {id(item) for item in kept} - {id(item) for item in together}
+        why = f"it does not go with the others of its batch: {reason(error)}"
+        refused += [(item, why) for item in kept if id(item) in others]
+        return (attempt(together) if together else None), together, refused
+
+
+def _largest_group(attempt: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> list[Any]:
+    """The items that go together with one of the first three, whichever has most of them."""
+    largest: list[Any] = []
+    for first in items[:3]:
+        group = [first]
+        for item in items:
+            if item is not first:
+                with contextlib.suppress(Exception):  # as above
+                    attempt([*group, item])
+                    group.append(item)
+        if len(group) > max(1, len(largest)):
+            largest = group
+    return largest
+
+
+def _failing(
+    attempt: Callable[[Sequence[Any]], Any], items: Sequence[Any], error: Exception
+) -> list[tuple[Any, str]]:
+    """The items behind an error, found by halving, each with its own."""
+    if len(items) == 1:
+        return [(items[0], reason(error))]
+    found = []
+    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+        try:
+            attempt(half)
+        except Exception as own:  # whatever TensorFlow raises: it is the records'
+            found += _failing(attempt, half, own)
+    return found
+
+
+def embed_unit(output: Output, source: EngineSource, unit: Unit, max_rejected: float) -> UnitResult:
+    """Writes a unit's embedding file, and then its mark.
+
+    Raises:
+      InputError: too many of the first records cannot be used, which rejected/ then tells of.
+    """
+    loaded = source.get()
+    path = output.unit(unit)
+    read = used = 0
+    rejected: list[tuple[int, str]] = []
+
+    def counted() -> Iterator[records.Record | records.BadRecord]:
+        nonlocal read
+        for record in records.read_records(unit.shard.path):
+            read += 1
+            yield record
+
+    # The mark of an earlier file must not vouch for the new one.
+    files.remove([path + ".json"])
+    with files.atomic_write(path) as handle:
+        writer = embeddings.EmbeddingWriter(handle)
+        # Reading and parsing, computing, and writing each have a thread.
+        for rows, refused in ahead(
+            embed_records(loaded, unit.checkpoint, unit.target, unit.shard.name, counted())
+        ):
+            if rows is not None:
+                writer.write(rows)
+                used += len(rows)
+            rejected += refused
+            done = used + len(rejected)
+            if len(rejected) > max(1000, max_rejected * done):
+                partly = ShardResult(unit.set_name, unit.shard, done, tuple(rejected))
+                _write_rejected(partly, output)
+                raise too_many(unit.set_name, unit.shard.path, done, rejected)
+    result = UnitResult(unit, read, tuple(rejected))
+    runs.write_unit(output, result)
+    return result
+
+
+def too_many(
+    set_name: str, where: str, read: int, rejected: Sequence[tuple[int, str]]
+) -> InputError:
+    """The error of a run that could not use too many of its records."""
+    position, why = rejected[0]
+    return InputError(
+        f"{len(rejected)} of {read} records of the {set_name} set could not be used, more than "
+        f"--max_rejected allows. The first is record {position} of {where}: {why}"
+    )
+
+
+class EmbedUnit(beam.DoFn):
+    """Unit → UnitResult."""
+
+    def __init__(self, output: Output, source: EngineSource, max_rejected: float) -> None:
+        self._output = output
+        self._source = source
+        self._max_rejected = max_rejected
+        self._read = Metrics.counter("tracin", "records_read")
+        self._rejected = Metrics.counter("tracin", "records_rejected")
+
+    def process(self, unit: Unit) -> Iterator[UnitResult]:
+        result, verb = runs.read_unit(self._output, unit), "found"
+        if result is None:
+            result = embed_unit(self._output, self._source, unit, self._max_rejected)
+            verb = "embedded"
+        self._read.inc(result.read)
+        self._rejected.inc(len(result.rejected))
+        _log.info(
+            "%s %s at step %d: %d of %d records",
+            verb,
+            unit.shard.name,
+            unit.checkpoint.step,
+            result.read - len(result.rejected),
+            result.read,
+        )
+        yield result
+
+
+@dataclasses.dataclass
+class Embed(beam.PTransform):
+    """Units → ShardResults, one for each shard, when its files at all checkpoints are there.
+
+    Attributes:
+      output: where to.
+      source: the engine.
+      units: all there are, in the order of shards and checkpoints.
+      explicit_ids: whether the task's parse gives ids, which may then be duplicates.
+      max_rejected: share of the records of a set that may be unusable.
+    """
+
+    output: Output
+    source: EngineSource
+    units: Sequence[Unit]
+    explicit_ids: bool
+    max_rejected: float
+
+    def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
+        results = (
+            pipeline
+            | "Units" >> beam.Create(list(self.units), reshuffle=False)
+            | "FanOut" >> beam.Reshuffle()
+            | "EmbedUnit" >> beam.ParDo(EmbedUnit(self.output, self.source, self.max_rejected))
+        )
+        shards = (
+            results
+            | "ByUnitShard" >> beam.Map(lambda r: ((r.unit.set_name, r.unit.shard.path), r))
+            | "UnitsOfShard" >> beam.GroupByKey()
+            | "Merge" >> beam.Map(lambda group: runs.merge_results(list(group[1])))
+        )
+        if self.explicit_ids:
+            last = max(unit.checkpoint.step for unit in self.units)
+            duplicates = (
+                shards
+                | "Ids" >> beam.FlatMap(_ids, self.output, last)
+                | "SameId" >> beam.GroupByKey()
+                | "Duplicates" >> beam.FlatMap(_duplicates)
+            )
+            keyed = shards | "ByShard" >> beam.Map(lambda r: ((r.set_name, r.shard.path), r))
+            shards = (
+                {"shard": keyed, "duplicates": duplicates}
+                | "Gather" >> beam.CoGroupByKey()
+                | "Reject" >> beam.Map(_without_duplicates)
+            )
+        return (
+            shards
+            | "WriteRejected" >> beam.Map(_write_rejected, self.output)
+            | "BySet" >> beam.Map(lambda r: (r.set_name, r))
+            | "SetOf" >> beam.GroupByKey()
+            | "Check" >> beam.FlatMap(_check, self.max_rejected)
+        )
+
+
+def _ids(result: ShardResult, output: Output, step: int) -> Iterator[tuple[Any, Any]]:
+    path = output.embeddings(result.set_name, step, result.shard)
+    for (rows,) in embeddings.read_checkpoints([path], result.excluded):
+        for identity, position in zip(rows.ids, rows.position, strict=True):
+            yield (result.set_name, identity), (result.shard.path, int(position))
+
+
+def _duplicates(group: tuple[Any, Iterable[tuple[str, int]]]) -> Iterator[tuple[Any, Any]]:
+    (set_name, identity), places = group
+    first, *others = sorted(places)
+    for path, position in others:
+        why = (
+            f"duplicate id {bytes(identity).decode(errors='backslashreplace')!r}: "
+            f"record {first[1]} of {first[0]} has it"
+        )
+        yield (set_name, path), (position, why)
+
+
+def _without_duplicates(group: tuple[Any, dict[str, Iterable[Any]]]) -> ShardResult:
+    _, parts = group
+    (result,) = parts["shard"]
+    rejected = sorted([*result.rejected, *parts["duplicates"]])
+    return dataclasses.replace(result, rejected=tuple(rejected))
+
+
+def _check(group: tuple[str, Iterable[ShardResult]], max_rejected: float) -> list[ShardResult]:
+    set_name, results = group
+    results = sorted(results, key=lambda r: r.shard.path)
+    read = sum(r.read for r in results)
+    if read == 0:
+        raise InputError(f"the shards of the {set_name} set are empty")
+    rejected = [(r, position, why) for r in results for position, why in r.rejected]
+    # Rounded up, so that of a few records one may always be bad.
+    if len(rejected) == read or len(rejected) > math.ceil(max_rejected * read):
+        first, position, why = rejected[0]
+        pairs = [(position, why)] * len(rejected)
+        raise too_many(set_name, first.shard.path, read, pairs)
+    return results
+
+
+def _write_rejected(result: ShardResult, output: Output) -> ShardResult:
+    path = output.rejected(result.set_name, result.shard)
+    if not result.rejected:
+        files.remove([path])
+        return result
+    with files.atomic_write(path) as handle:
+        for position, why in result.rejected:
+            row = {"file": result.shard.path, "position": position, "reason": why}
+            handle.write((json.dumps(row) + "\n").encode())
+    return result

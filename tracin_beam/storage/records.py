@@ -1,0 +1,258 @@
+"""TFRecord files, read and written without TensorFlow, and read past their damage.
+
+A record is framed as: length (uint64), masked CRC-32C of the length (uint32), data, masked CRC-32C
+of the data (uint32), all little-endian.
+"""
+
+import gzip
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import BinaryIO, NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from tracin_beam.errors import InputError
+from tracin_beam.storage.files import open_read
+
+_HEADER = struct.Struct("<QI")
+_CRC = struct.Struct("<I")
+_MASK_DELTA = 0xA282EAD8
+_CHUNK = 1 << 20
+_MAX_READ = 1 << 24
+_MAX_LENGTH = (1 << 31) - 1  # a protocol buffer cannot be longer
+
+
+class Record(NamedTuple):
+    """The data of one record, and its place in the file counted from 0."""
+
+    position: int
+    data: bytes
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be read, and why."""
+
+    position: int
+    reason: str
+
+
+class RecordWriter:
+    """Writes records to any binary handle, which stays the caller's to close."""
+
+    def __init__(self, handle: BinaryIO | gzip.GzipFile):
+        self._write = handle.write
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+        self.write_all([data])
+
+    def write_all(self, records: Iterable[bytes]) -> None:
+        """Appends records, in one piece: they should fit in memory together."""
+        pieces: list[bytes] = []
+        for data in records:
+            length = struct.pack("<Q", len(data))
+            pieces += (
+                length,
+                _CRC.pack(_masked_crc(length)),
+                data,
+                _CRC.pack(_masked_crc(data)),
+            )
+        self._write(b"".join(pieces))
+
+
+def read_records(path: str) -> Iterator[Record | BadRecord]:
+    """Streams the records of a TFRecord file, plain or gzip (told by its content, not its name).
+
+    Damage costs what it touches and no more: data with a wrong CRC is one `BadRecord`. Where a
+    length is damaged the file is searched for the next sound record; the stretch between counts as
+    one record, so positions after it are lower than they were if it held several. A file cut short,
+    or a gzip stream that is corrupt, ends with a `BadRecord`. An empty file has no records.
+
+    Holds about one record, or 1 MiB, in memory.
+
+    Raises:
+        InputError: the file has content but no record, so it is not a TFRecord file.
+    """
+    with open_read(path) as handle:
+        head = read_exactly(handle, _HEADER.size)
+        packed = is_gzip(head)
+        whole = _Prefixed(head, handle)
+        source = _Source(gzip.GzipFile(fileobj=whole) if packed else whole)  # type: ignore[call-overload]
+        yield from _frames(source, path)
+
+
+class _Prefixed:
+    """A handle with the bytes that were already read from it put back in front."""
+
+    def __init__(self, head: bytes, handle: BinaryIO):
+        self._head, self._handle = head, handle
+
+    def read(self, size: int) -> bytes:
+        if not self._head:
+            return self._handle.read(size)
+        data, self._head = self._head[:size], self._head[size:]
+        return data
+
+    read1 = read
+
+
+class _Source:
+    """A window on a stream of bytes: `buffer[at:]` is what is read and not yet used."""
+
+    def __init__(self, handle: "_Prefixed | gzip.GzipFile"):
+        self._read = handle.read1
+        self._ended = False
+        self.buffer = b""
+        self.at = 0
+        self.base = 0  # where in the stream the buffer begins
+        self.error: str | None = None  # why the stream ended before its end
+
+    @property
+    def offset(self) -> int:
+        return self.base + self.at
+
+    def fill(self, size: int) -> bool:
+        """Reads on until `size` bytes are in the window; False when the stream ends before."""
+        have = len(self.buffer) - self.at
+        if have >= size or self._ended:
+            return have >= size
+        pieces = [self.buffer[self.at :]]
+        while have < size:
+            try:
+                piece = self._read(min(max(size - have, _CHUNK), _MAX_READ))
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                self.error, piece = f"the gzip stream is corrupt: {error}", b""
+            if not piece:
+                self._ended = True
+                break
+            pieces.append(piece)
+            have += len(piece)
+        self.base += self.at
+        self.buffer, self.at = b"".join(pieces), 0
+        return have >= size
+
+
+def _frames(source: _Source, path: str) -> Iterator[Record | BadRecord]:
+    unpack_header, unpack_crc, crc32c = _HEADER.unpack_from, _CRC.unpack_from, google_crc32c.value
+    position, sound = 0, False
+    while source.fill(_HEADER.size):
+        buffer, at = source.buffer, source.at
+        length, length_crc = unpack_header(buffer, at)
+        crc = crc32c(buffer[at : at + 8])
+        if ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF != length_crc:
+            start = source.offset
+            found = _resynchronise(source)
+            if not (found or sound or source.error):
+                raise InputError(
+                    f"{path} is not a TFRecord file: it has content but no record with a valid "
+                    "CRC. Check the path, or write the data with tracin_beam.write_shards"
+                )
+            after = f"skipped {source.offset - start} bytes" if found else "no sound record follows"
+            yield BadRecord(position, f"the record at byte {start} has a damaged length: {after}")
+            position += 1
+            if not found:
+                break
+            continue
+        sound = True
+        if length > _MAX_LENGTH or not source.fill(length + 16):
+            if not source.error:
+                yield BadRecord(
+                    position,
+                    f"the record at byte {source.offset} is cut short: it claims {length} bytes",
+                )
+            source.at = len(source.buffer)
+            break
+        buffer, begin = source.buffer, source.at + 12
+        end = begin + length
+        data = buffer[begin:end]
+        crc = crc32c(data)
+        if ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF == unpack_crc(buffer, end)[0]:
+            yield Record(position, data)
+        else:
+            yield BadRecord(
+                position, f"the data of the record at byte {source.offset} has a wrong CRC"
+            )
+        source.at = end + 4
+        position += 1
+    if source.error:
+        yield BadRecord(position, source.error)
+    elif source.at < len(source.buffer):
+        yield BadRecord(position, f"the record at byte {source.offset} is cut short")
+
+
+def _resynchronise(source: _Source) -> bool:
+    """Moves to the next record whose CRCs are both right; if there is none returns False."""
+    source.at += 1
+    while source.fill(_HEADER.size):
+        source.fill(_CHUNK)
+        begin = source.offset
+        chunk = source.buffer[source.at : source.at + _CHUNK]
+        for start in _headers(chunk):
+            source.at = begin + start - source.base
+            length = _HEADER.unpack_from(source.buffer, source.at)[0]
+            if length > _MAX_LENGTH or not source.fill(length + 16):
+                continue
+            end = source.at + 12 + length
+            if (
+                _masked_crc(source.buffer[source.at + 12 : end])
+                == _CRC.unpack_from(source.buffer, end)[0]
+            ):
+                return True
+        source.at = begin + len(chunk) - _HEADER.size + 1 - source.base
+    source.at = len(source.buffer)
+    return False
+
+
+def _headers(data: bytes) -> list[int]:
+    """The offsets in `data` of headers with a valid CRC and a length below 2^32."""
+    octets = np.frombuffer(data, np.uint8)
+    zero = octets[4:-4] == 0
+    starts = np.flatnonzero(zero[:-3] & zero[1:-2] & zero[2:-1] & zero[3:])
+    crc, tables = _crc_tables()
+    crcs = np.full(len(starts), crc, np.uint32)
+    for place, table in enumerate(tables):
+        crcs ^= table[octets[starts + place]]
+    stored = octets[starts[:, None] + np.arange(8, 12)].view("<u4")[:, 0]
+    return starts[(crcs >> 15 | crcs << 17) + np.uint32(_MASK_DELTA) == stored].tolist()
+
+
+@cache
+def _crc_tables() -> tuple[int, list[np.ndarray]]:
+    """The CRC of eight zero bytes, and what each value of the first four bytes flips in it.
+
+    A CRC is affine over GF(2), so the CRCs of many headers take a few look-ups in these four
+    tables [256] of uint32.
+    """
+    crc = google_crc32c.value
+    zero = crc(bytes(8))
+    flips = [
+        [crc(bytes(place) + bytes([value]) + bytes(7 - place)) ^ zero for value in range(256)]
+        for place in range(4)
+    ]
+    return zero, [np.array(flip, np.uint32) for flip in flips]
+
+
+def is_gzip(start: bytes) -> bool:
+    """Whether a file that starts with these bytes, twelve at least, is gzip and not plain."""
+    return start.startswith(b"\x1f\x8b") and not _valid_header(start)
+
+
+def read_exactly(handle: BinaryIO, size: int) -> bytes:
+    """So many bytes, or what there is until the end."""
+    data = b""
+    while len(data) < size and (piece := handle.read(size - len(data))):
+        data += piece
+    return data
+
+
+def _masked_crc(data: bytes) -> int:
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def _valid_header(data: bytes) -> bool:
+    """Whether these bytes begin as a plain TFRecord file does."""
+    return len(data) >= 12 and _masked_crc(data[:8]) == _CRC.unpack_from(data, 8)[0]

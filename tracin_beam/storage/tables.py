@@ -1,0 +1,83 @@
+"""Arrow schemas of the tables, and Parquet files on any file system."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracin_beam.storage import files
+
+INFLUENCE = pa.schema(
+    [
+        ("test_id", pa.string()),
+        ("train_id", pa.string()),
+        ("role", pa.string()),
+        ("rank", pa.int32()),
+        ("score", pa.float64()),
+        ("score_by_checkpoint", pa.list_(pa.float64())),
+        ("exact", pa.bool_()),
+        ("test_label", pa.float64()),
+        ("test_prediction", pa.float64()),
+        ("train_label", pa.float64()),
+        ("train_prediction", pa.float64()),
+        ("train_shard", pa.string()),
+        ("train_position", pa.int64()),
+        ("test_shard", pa.string()),
+        ("test_position", pa.int64()),
+    ]
+)
+
+SELF_INFLUENCE = pa.schema(
+    [
+        ("id", pa.string()),
+        ("label", pa.float64()),
+        ("prediction", pa.float64()),
+        ("self_influence", pa.float64()),
+        ("self_influence_by_checkpoint", pa.list_(pa.float64())),
+        ("loss_by_checkpoint", pa.list_(pa.float64())),
+        ("shard", pa.string()),
+        ("position", pa.int64()),
+    ]
+)
+
+INDEX_ROWS = pa.schema(
+    [("shard", pa.dictionary(pa.int32(), pa.string())), ("position", pa.int64())]
+)
+
+
+def write(path: str, table: pa.Table) -> None:
+    """Writes a Parquet file, atomically."""
+    with files.atomic_write(path) as handle:
+        pq.write_table(table, pa.PythonFile(handle, mode="w"))
+
+
+def read(pattern: str) -> pa.Table:
+    """Reads the Parquet files that match, one after the other.
+
+    Raises:
+      InputError: none does.
+    """
+    parts = []
+    for info in files.match(pattern):
+        with files.local_copy(info.path) as local:
+            parts.append(pq.read_table(local, partitioning=None))
+    return pa.concat_tables(parts)
+
+
+def text(value: Any) -> str:
+    """An id as text; bytes that are no UTF-8 are shown as escapes."""
+    return bytes(value).decode("utf-8", errors="backslashreplace")
+
+
+def number(value: float) -> float | None:
+    """A label or prediction, None where it is not a number."""
+    return None if math.isnan(value) else float(value)
+
+
+def numbers(values: np.ndarray | Sequence[float]) -> pa.Array:
+    """float64, null where not a number."""
+    array = np.asarray(values, np.float64)
+    return pa.array(array, mask=np.isnan(array))
