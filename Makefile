@@ -30,7 +30,7 @@ $(INSTALLED): setup.py pyproject.toml tracin_beam/_version.py
 	$(BIN)/pip install --disable-pip-version-check --editable '.[test,examples]'
 	@touch $@
 
-quickstart: $(QUICKSTART)/.trained  ## handwritten digits from training to report.html, about two minutes
+quickstart: $(QUICKSTART)/.trained  ## handwritten digits from training to a report, about two minutes
 	$(BIN)/python -m pipelines.influence --task examples/digits/task.py:task \
 	  --checkpoints $(QUICKSTART)/ckpts --train '$(QUICKSTART)/data/train-*.tfrecord' \
 	  --test '$(QUICKSTART)/data/test-*.tfrecord' --output $(QUICKSTART)/out --top_k 10

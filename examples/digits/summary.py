@@ -60,7 +60,7 @@ def main() -> None:
     print(influence_summary(read(out / "influence" / "test"), run))
     print(flipped_summary(read(out / "self_influence"), flipped))
     print()
-    print(f"The page with all images: {(out / 'influence/test/report.html').resolve()}")
+    print(f"The page with all images: {(out / 'reports/test.html').resolve()}")
 
 
 if __name__ == "__main__":

@@ -489,7 +489,7 @@ def test_hostile_ids_and_labels(tiny, capfd):
     assert "\x1b" not in said
     assert "\u202e" not in said
     assert "<script>alert(1)</script>\\x1b[31m\\u202e" in said
-    page = (tiny.out / "influence/test/report.html").read_text()
+    page = (tiny.out / "reports/test.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert not {"\x1b", "\u202e", "\0"} & set(page)

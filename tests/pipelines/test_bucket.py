@@ -63,7 +63,7 @@ def clear(tiny):
 
 def test_tables_are_those_of_a_local_run(tiny, launch, tmp_path):
     tiny.check(REJECTED)
-    assert "influence/test/report.html" in tiny.expected
+    assert "reports/test.html" in tiny.expected
     for stage in STAGES:
         flags = {**tiny.flags(stage), **FLAGS, "output": str(tmp_path)}
         local = {k: v.replace(ROOT, "") if isinstance(v, str) else v for k, v in flags.items()}

@@ -25,7 +25,7 @@ def test_everything_remote(tmp_path, launch):
         assert tiny.run(stage, index_rows=16) == 0
     tiny.check(rejected)
     made = t.contents(tiny.out)
-    assert "influence/test/report.html" in made
+    assert "reports/test.html" in made
     # Nothing is left that a local run would not leave, and its numbers are the same.
     local = Tiny(tmp_path, launch)
     local.shards = {

@@ -3,15 +3,18 @@ import itertools
 import numpy as np
 import pytest
 
+from tracin_beam.errors import InputError
 from tracin_beam.stages.influence import (
     OPPONENT,
     PROPONENT,
     Scored,
     TopScored,
+    _chunks,
     by_train_shard,
     merge,
     ranked,
 )
+from tracin_beam.storage.records import RecordWriter
 
 
 def scored(*rows):
@@ -104,3 +107,13 @@ def test_ranks_count_from_one():
         (4, (key, 1, -3.0, [-1.0, -2.0], 9)),
         (2, (key, 2, 1.5, [0.5, 1.0], 6)),
     ]
+
+
+def test_records_that_are_not_there_any_more_are_missed(tmp_path):
+    path = tmp_path / "cut.tfrecord"
+    with path.open("wb") as handle:
+        RecordWriter(handle).write_all([b"a", b"b", b"c"])
+    ((positions, data),) = _chunks(str(path), np.array([0, 2]))
+    assert (positions.tolist(), data) == ([0, 2], [b"a", b"c"])
+    with pytest.raises(InputError, match=r"cut\.tfrecord changed .* 2 of 4"):
+        list(_chunks(str(path), np.array([0, 2, 3, 4])))

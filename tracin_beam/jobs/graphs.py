@@ -151,7 +151,7 @@ def finish(
 
         name, count = run.config.test_name, run.config.report_examples
         write_influence_report(run.output, name, run.source.get(), runs.read_run(run.output), count)
-        done = run.output.influence(name, "done.json")
+        done = run.output.done("influence", name)
         files.write_json(
             done, {"fingerprint": influence_fingerprint(run), "quality": news["quality"]}
         )
@@ -159,15 +159,15 @@ def finish(
 
 def is_done(run: Run) -> bool:
     """Whether the influence tables are there already; then run.json is made to tell of them."""
-    path = run.output.influence(run.config.test_name, "done.json")
+    path = run.output.done("influence", run.config.test_name)
     done = files.read_json(path) if files.exists(path) else {}
     earlier = runs.read_run(run.output)
     if done.get("fingerprint") != influence_fingerprint(run) or "counts" not in earlier:
         return False
     write_run(run, earlier, {"quality": done["quality"]})
     names = [runs.numbered("influence", i, len(run.test)) for i in range(len(run.test))]
-    every = [*names, "report.html"]
-    return all(files.exists(run.output.influence(run.config.test_name, n)) for n in every)
+    every = [run.output.influence(run.config.test_name, n) for n in names]
+    return all(files.exists(path) for path in [*every, run.output.report(run.config.test_name)])
 
 
 GRAPHS: dict[str, Callable[[beam.Pipeline, Run], None]] = {

@@ -110,7 +110,10 @@ def _summary(stage: str, run: Run) -> str:
         rows = tables.read(run.output.influence(name, "influence-*.parquet"))
         names = run.source.get().task.label_names
         summary = text.influence_summary(rows, state, label_names=names)
-        return f"{summary}\nTables and report.html are in {run.output.influence(name)}"
+        return (
+            f"{summary}\nTables are in {run.output.influence(name)}\n"
+            f"Report: {run.output.report(name)}"
+        )
     lines = []
     for name, counts in state["counts"].items():
         parts = ", ".join(f"{value} {key}" for key, value in counts.items())

@@ -124,7 +124,7 @@ class TracInOptions(PipelineOptions):
             "--report_examples",
             type=int,
             default=30,
-            help="Test examples shown in report.html (%(default)s).",
+            help="Test examples shown in the report (%(default)s).",
         )
         add(
             "--overwrite",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def write_influence_report(
     output: Output, test_name: str, loaded: "Loaded", state: Mapping[str, Any], max_tests: int
 ) -> None:
-    """Writes report.html beside the influence tables.
+    """Writes reports/<test name>.html.
 
     Args:
       output: where the tables are.
@@ -32,7 +32,7 @@ def write_influence_report(
     page = influence_page(
         rows, _shown(loaded, places), state, label_names=names, max_tests=max_tests
     )
-    with files.atomic_write(output.influence(test_name, "report.html")) as handle:
+    with files.atomic_write(output.report(test_name)) as handle:
         handle.write(page.encode())
 
 

@@ -150,7 +150,8 @@ def _batches(
             bad.append(record)
         else:
             good.append(record)
-        if len(good) == size:
+        # Of what cannot be read, too, no more waits than a batch has.
+        if max(len(good), len(bad)) == size:
             yield good, bad
             good, bad = [], []
     if good or bad:

@@ -17,6 +17,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
+from tracin_beam.errors import InputError
 from tracin_beam.stages import embed, index
 from tracin_beam.stages.index import Partition
 from tracin_beam.stages.workers import EngineSource, Loaded
@@ -293,17 +294,23 @@ def _chunks(path: str, needed: np.ndarray) -> Iterator[tuple[np.ndarray, list[by
     last = needed[-1]
     positions: list[int] = []
     data: list[bytes] = []
-    size = 0
+    size = found = 0
     for record in records.read_records(path):
         if record.position in wanted and isinstance(record, records.Record):
             positions.append(record.position)
             data.append(record.data)
             size += len(record.data)
+            found += 1
         if data and (size >= _CHUNK_BYTES or record.position >= last):
             yield np.array(positions, np.int64), data
             positions, data, size = [], [], 0
         if record.position >= last:
-            return
+            break
+    if found != len(needed):
+        raise InputError(
+            f"{path} changed since it was embedded: {len(needed) - found} of {len(needed)} "
+            "records that were in it are not there any more. Run again."
+        )
 
 
 class Rescore(beam.DoFn):

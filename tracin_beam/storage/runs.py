@@ -5,12 +5,15 @@
                                                 fingerprint, counts and rejected records
     index/plan.json                             number of each shard's partition
     index/part-00000/                           ScaNN searcher, rows.parquet, partition.json
-    influence/<test name>/                      influence-*.parquet, report.html, done.json
+    influence/<test name>/                      influence-*.parquet
+    reports/<test name>.html
     evaluation/<test name>/<shard>.parquet      exact scores of the queries that recall is of
     self_influence/                             self_influence-*.parquet
     rejected/<set>=<shard>.jsonl
+    _state/influence/<test name>.json           what says that the tables are whole
 
-A set is "train" or the name of a test set.
+A set is "train" or the name of a test set. A table's folder holds the table alone, so that any
+tool reads it as it is.
 """
 
 import contextlib
@@ -27,6 +30,16 @@ from tracin_beam.storage import files
 
 TRAIN = "train"
 _REQUESTS = 32  # made of a file system at a time
+_FOLDERS = (
+    "embeddings",
+    "index",
+    "influence",
+    "evaluation",
+    "self_influence",
+    "reports",
+    "rejected",
+    "_state",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +151,13 @@ class Output:
     def influence(self, test_name: str, *parts: str) -> str:
         return self.path("influence", test_name, *parts)
 
+    def report(self, test_name: str) -> str:
+        return self.path("reports", test_name + ".html")
+
+    def done(self, *job: str) -> str:
+        """The mark of a job's results: of ("influence", test name), for example."""
+        return self.path("_state", *job) + ".json"
+
     def evaluation(self, test_name: str, shard: Shard) -> str:
         return self.path("evaluation", test_name, shard.name + ".parquet")
 
@@ -239,7 +259,16 @@ def read_run(output: Output) -> dict[str, Any]:
 
 def clear(output: Output) -> None:
     """Removes all results."""
-    for folder in ("embeddings", "index", "influence", "evaluation", "self_influence", "rejected"):
+    for folder in (
+        "embeddings",
+        "index",
+        "influence",
+        "evaluation",
+        "self_influence",
+        "rejected",
+        "reports",
+        "_state",
+    ):
         for names in ("**", "**/.*.tmp"):  # the second of runs that were killed
             with contextlib.suppress(InputError):  # there are none
                 files.remove([info.path for info in files.match(output.path(folder, names))])
