@@ -19,7 +19,7 @@ from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context as eager_context
 
 from tracin_beam.errors import InputError, reason
-from tracin_beam.gradients import capture, forms, losses, nests, projections
+from tracin_beam.gradients import capture, forms, independence, losses, nests, projections
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
 from tracin_beam.inputs import checkpoints
@@ -334,10 +334,34 @@ class Engine:
                     f"{norm:.6g} by tf.GradientTape. Does the model mix the examples of a batch?"
                 )
 
-    def _plain(self, values: list[tf.Tensor], example: Batch) -> list[np.ndarray]:
-        # By the model's own variables, as in training: nothing that the fast way relies on.
+    def check_independence(self, values: list[tf.Tensor], batch: Batch) -> None:
+        """Checks that what the model and the loss give for an example is that example's alone.
+
+        Args:
+          values: of a checkpoint.
+          batch: examples; some from all over it are taken.
+
+        Raises:
+          InputError: the model is random, or the model or the loss mixes the examples of a batch.
+        """
+        spread = np.linspace(0, batch.size - 1, min(batch.size, independence.COUNT))
+        some = batch.take(spread.astype(np.int64))
+
+        def check() -> None:
+            self._assign(values)
+            output = independence.check_model(self.model, some.features)
+            if some.label is not None:
+                independence.check_loss(self.task.loss, some.label, output)
+
+        in_keras_thread(check)
+
+    def _assign(self, values: list[tf.Tensor]) -> None:
         for variable, value in zip(self.model.variables, values, strict=True):
             variable.assign(value)
+
+    def _plain(self, values: list[tf.Tensor], example: Batch) -> list[np.ndarray]:
+        # By the model's own variables, as in training: nothing that the fast way relies on.
+        self._assign(values)
         sources = [w.variable.value for w in self.weights]
         with tf.GradientTape() as tape:
             quantity, _ = self._forward("loss")(

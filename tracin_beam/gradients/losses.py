@@ -59,6 +59,27 @@ def per_example_loss(loss: Any) -> PerExample:
     return compute
 
 
+def whole_batch_loss(loss: Any) -> Callable[[Any, Any], tf.Tensor]:
+    """A function (label, output) -> the loss of the batch as Keras trains with it, summed."""
+    resolved = _resolve(loss)
+
+    def compute(label: Any, output: Any) -> tf.Tensor:
+        whole = resolved
+        if not isinstance(resolved, keras.losses.Loss) and tf.is_tensor(output):
+            whole = LossFunctionWrapper(resolved)
+        return tf.reduce_sum(whole(label, output))
+
+    return compute
+
+
+def describe(loss: Any) -> str:
+    """The loss in words, for messages: its class or function."""
+    resolved = _resolve(loss)
+    function = getattr(resolved, "fn", resolved)
+    name = getattr(function, "__name__", type(function).__name__)
+    return "an anonymous function" if name == "<lambda>" else name
+
+
 def _resolve(loss: Any) -> Any:
     try:
         resolved = keras.losses.get(loss)

@@ -263,11 +263,18 @@ def _try_out(
     # Only now, as building the model may have imported more of the user's modules.
     source = workers.EngineSource(task_source(), engine_config, sample)
     workers.adopt(source, loaded)
-    for checkpoint in checkpoints:
-        usable = _try(loaded, checkpoint, "loss", "train", train)
-        if test:
-            _try(loaded, checkpoint, config.target, "test", test)
-    batch = parser([record.data for record in usable])
+    try:
+        tried = [_try(loaded, checkpoint, "loss", "train", train) for checkpoint in checkpoints]
+    except InputError:
+        # A loss that compares the examples of a batch may have no value for one alone.
+        _check_independence(loaded, checkpoints, _first_parsed(loaded, train))
+        raise
+    usable = [record.data for record in tried[-1].records]
+    batch = _check_independence(loaded, checkpoints, usable)
+    _check_gradients(tried, "train", "loss")
+    if test:
+        tried = [_try(loaded, c, config.target, "test", test) for c in checkpoints]
+        _check_gradients(tried, "test", config.target)
     try:
         loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
     except InputError as error:
@@ -311,9 +318,48 @@ def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -
     )
 
 
+def _first_parsed(loaded: Any, shards: Sequence[Shard]) -> list[bytes]:
+    """The first records that parse."""
+    from tracin_beam.stages import embed
+    from tracin_beam.storage import records
+
+    every = (record for shard in shards for record in records.read_records(shard.path))
+    some = [r for r in itertools.islice(every, _PILOT) if isinstance(r, records.Record)]
+    _, positions, _ = embed.parse_records(loaded, some)
+    return [record.data for record in some if record.position in set(positions)]
+
+
+def _check_independence(
+    loaded: Any, checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
+) -> Any:
+    """Refuses models and losses for which an example has no gradient of its own; their batch."""
+    batch = loaded.parse(usable)
+    for checkpoint in dict.fromkeys([checkpoints[0], checkpoints[-1]]):
+        loaded.engine.check_independence(loaded.engine.values(checkpoint.path), batch)
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tried:
+    """Records that can be used at a checkpoint, and whether any of them has a gradient there."""
+
+    records: list[Any]
+    any_gradient: bool
+
+
+def _check_gradients(tried: Sequence[_Tried], flag: str, target: str) -> None:
+    if not any(checkpoint.any_gradient for checkpoint in tried):
+        raise InputError(
+            f"--{flag}: the gradient of the {target} is zero for each of the first "
+            f"{len(tried[-1].records)} examples at every checkpoint, so that all scores would be "
+            "zero. Is the loss that of the training, do its labels fit the model, and do --layers "
+            "name weights that it depends on?"
+        )
+
+
 def _try(
     loaded: Any, checkpoint: CheckpointFile, target: str, flag: str, shards: Sequence[Shard]
-) -> list[Any]:
+) -> _Tried:
     """Some of the first records that can be used at a checkpoint; an InputError if none can."""
     from tracin_beam.stages import embed
     from tracin_beam.storage import records
@@ -326,7 +372,8 @@ def _try(
             for rows, rejected in embed.embed_records(loaded, checkpoint, target, shard.name, some):
                 if rows is not None:
                     usable = set(rows.position.tolist())
-                    return [record for record in some if record.position in usable]
+                    records_used = [record for record in some if record.position in usable]
+                    return _Tried(records_used, bool(rows.squared_norm.any()))
                 position, why = rejected[0]
                 first = first or f"The first is record {position} of {shard.path}: {why}"
     if not tried:
