@@ -15,7 +15,7 @@ WORKERS ?= 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-engines engines lint format clean
+.PHONY: help install quickstart test test-engines engines lint documents format clean
 .PHONY: prism flink flink-cluster spark job-service
 
 help:  ## show this list
@@ -73,6 +73,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tracin_beam pipelines
+
+documents: $(INSTALLED)  ## write what is made from the flags: the README's table, the Flex Template's parameters
+	$(BIN)/python deploy/documents.py
 
 format: $(INSTALLED)  ## let ruff put the code in order
 	$(BIN)/ruff check --fix .

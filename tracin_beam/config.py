@@ -1,48 +1,320 @@
-"""The configuration of a run."""
+"""The configuration of a run: every flag, with its default and what can be said of it.
+
+To add a flag, add a field to `Config`. The parser, `--help`, the README's table and the
+parameters of the Flex Template are made from the fields.
+"""
 
 import dataclasses
-from typing import Literal
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from tracin_beam.errors import InputError
+
+_UNITS = " KMGT"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """What is known of a flag besides its name and default.
+
+    Attributes:
+      help: what it means, for `--help` and the README.
+      read: its value from text; raises a ValueError that says what to give instead.
+      choices: the values that it may have, if they are few; or "module:function" that gives them,
+        a module that does not import TensorFlow.
+      at_least, at_most: its range, ends included.
+      between: its range without the ends.
+      embeddings: whether embeddings depend on it, so that it is part of their fingerprint.
+      jobs: the only jobs that take it; None for every job.
+      remote: regular expression of the values that make sense on Dataflow.
+    """
+
+    help: str
+    read: Callable[[str], Any]
+    choices: tuple[str, ...] | str = ()
+    at_least: float | None = None
+    at_most: float | None = None
+    between: tuple[float, float] | None = None
+    embeddings: bool = False
+    jobs: tuple[str, ...] | None = None
+    remote: str = ""
+
+    def known_choices(self) -> tuple[str, ...]:
+        """The values that the flag may have; empty where there is no such list."""
+        if isinstance(self.choices, tuple):
+            return self.choices
+        module, _, name = self.choices.partition(":")
+        return tuple(getattr(importlib.import_module(module), name)())
+
+    def takes(self, job: str) -> bool:
+        """Whether a job has this flag."""
+        return self.jobs is None or job in self.jobs
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value, to be read after `--name=value`; empty if nothing is."""
+        if value is None or (isinstance(value, str) and not self.choices):
+            return ""
+        known = self.known_choices()
+        if known and value not in known:
+            return f" is not known; take one of {', '.join(known)}."
+        if isinstance(value, str | bool):
+            return ""
+        values = value if isinstance(value, tuple) else (value,)
+        for number in values:
+            if self.between and not self.between[0] < number < self.between[1]:  # nor NaN
+                low, high = self.between
+                if math.isinf(high):
+                    return f" must be above {low:g} and finite."
+                return f" must lie between {low:g} and {high:g}."
+            if self.at_least is not None and not number >= self.at_least:
+                return f" must be at least {self.at_least}."
+            if self.at_most is not None and not number <= self.at_most:
+                return f" must be at most {self.at_most}."
+        return ""
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"give a whole number, not {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"give a number, not {text!r}") from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"give a number, or some with commas, not {text!r}")
+    return numbers
+
+
+def _dim(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise ValueError(f"give a number or auto, not {text!r}") from None
+
+
+def _size(text: str) -> int:
+    """Bytes, from a number with or without a unit."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if not match or not (
+        size := int(float(match[1]) * 1024 ** _UNITS.index(match[2].upper() or " "))
+    ):
+        raise ValueError(f"give a size such as 4GB, not {text!r}")
+    return size
+
+
+def _flag(default: Any, help: str, read: Callable[[str], Any] = str, **known: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, read, **known)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The flags of a run, checked. Names and meanings are those of `TracInOptions`."""
+    """The flags of a run.
 
-    task: str
-    checkpoints: str
-    train: str
-    output: str
-    test: str | None
-    learning_rate: tuple[float, ...] | None
-    test_name: str
-    target: str
-    top_k: int
-    rescore: int
-    layers: str
-    projection: str
-    dim: int | Literal["auto"]
-    recall: float
-    seed: int
-    norms: str
-    ways: str
-    batch_size: int
-    index_rows: int
-    recall_queries: int
-    max_rejected: float
-    report_examples: int
-    overwrite: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanFlags:
-    """The flags of `pipelines.plan` alone.
-
-    Attributes:
-      hours: wanted wall time of the run.
-      worker_memory: bytes that a worker may take.
-      json: whether to print the plan for a program.
+    Each field is a flag; `help` says what it means. `flags` gives the rest of what is known of
+    them, and `check` raises an error where a value is out of its range.
     """
 
-    hours: float
-    worker_memory: int
-    json: bool
+    task: str = _flag(
+        "",
+        "The task: file.py:name or package.module:name.",
+        remote=r"(gs://.+\.py|[\w.]+):\w+",
+    )
+    checkpoints: str = _flag(
+        "",
+        "A directory that TracInCheckpoint wrote, or a glob of weight files.",
+        remote=r"gs://.+",
+    )
+    learning_rate: tuple[float, ...] | None = _flag(
+        None,
+        "For a glob of weight files that do not state it: the learning rate, one for all or a "
+        "comma separated list.",
+        _numbers,
+    )
+    train: str = _flag(
+        "", "Training shards: a glob, or a comma separated list of globs.", remote=r"gs://.+"
+    )
+    test: str | None = _flag(None, "Test shards, in the same way.", remote=r"gs://.+")
+    output: str = _flag(
+        "",
+        "The output directory, on any file system that Beam knows.",
+        remote=r"gs://[^*?\[\]]+",
+    )
+    test_name: str = _flag("test", "Name of this test set and target in the output directory.")
+    target: str = _flag(
+        "loss",
+        "What is explained of a test example.",
+        choices=("loss", "predicted_loss", "logit", "probability", "margin"),
+    )
+    top_k: int = _flag(10, "Proponents, and opponents, of each test example.", _whole, at_least=1)
+    rescore: int = _flag(
+        100,
+        "Candidates per test example and role whose scores are computed exactly (all, where there "
+        "are few pairs); 0 takes the projection's estimates.",
+        _whole,
+        at_least=0,
+    )
+    layers: str = _flag(
+        "all",
+        "Weights that count: all, last (layer), or a regular expression searched for in their "
+        "paths.",
+        embeddings=True,
+    )
+    projection: str = _flag(
+        "countsketch",
+        "Kind of projection: countsketch, kronecker, gaussian, or none for the full gradients of "
+        "small models.",
+        embeddings=True,
+    )
+    dim: int | Literal["auto"] = _flag(
+        1024,
+        "Length of an embedding, or auto: the smallest with which a pilot sample reaches "
+        "--recall; a later run into the same output keeps it.",
+        _dim,
+        at_least=1,
+        at_most=1 << 24,
+        embeddings=True,
+        remote=r"\d+|auto",
+    )
+    recall: float = _flag(
+        0.99,
+        "For --dim=auto: the wanted share of the exact top_k among the candidates, for the worse "
+        "of the two roles.",
+        _number,
+        between=(0, 1),
+    )
+    seed: int = _flag(0, "Seed of the projection.", _whole, at_least=0, embeddings=True)
+    norms: str = _flag(
+        "exact",
+        "How squared gradient norms, and with them self-influence, are computed; sketched is an "
+        "estimate that is cheaper for convolutions.",
+        choices=("exact", "sketched"),
+        embeddings=True,
+    )
+    ways: str = _flag(
+        "",
+        "Which way weights take to their sketch, whatever it costs: REGEX=WAY,… with "
+        "tensorsketch, blocks, rows, materialise or compress; others take the cheapest.",
+        embeddings=True,
+    )
+    batch_size: int = _flag(
+        0,
+        "Examples computed at a time; 0 chooses by the model's size.",
+        _whole,
+        at_least=0,
+        at_most=1 << 20,
+    )
+    index_rows: int = _flag(
+        50_000,
+        "Training examples in one part of the index, which must fit in a worker's memory.",
+        _whole,
+        at_least=1,
+    )
+    recall_queries: int = _flag(
+        10,
+        "Test examples for which all exact scores are computed, to state the recall of the "
+        "retrieval; costs a pass over new training shards; 0 for none.",
+        _whole,
+        at_least=0,
+    )
+    max_rejected: float = _flag(
+        0.1, "Share of unusable records above which a run fails.", _number, at_least=0
+    )
+    report_examples: int = _flag(30, "Test examples shown in the report.", _whole, at_least=0)
+    overwrite: bool = _flag(
+        False,
+        "Replace results in the output directory that another model, loss or projection made.",
+        bool,
+    )
+    hours: float = _flag(
+        1.0,
+        "Wanted wall time of the run that is planned.",
+        _number,
+        between=(0, math.inf),
+        jobs=("plan",),
+    )
+    worker_memory: int = _flag(
+        4 << 30,
+        "What a worker may take: 4GB, 512MB, or a number of bytes.",
+        _size,
+        at_least=1,
+        jobs=("plan",),
+    )
+    json: bool = _flag(False, "Print the plan as JSON.", bool, jobs=("plan",))
+
+    def embedding_flags(self) -> dict[str, Any]:
+        """The flags that embeddings depend on, by name."""
+        return {name: getattr(self, name) for name, flag in flags().items() if flag.embeddings}
+
+    def recorded(self) -> dict[str, Any]:
+        """What run.json tells of the flags: those that a run takes, not what only planning does."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name, flag in flags().items() if flag.jobs is None}
+
+
+_FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in dataclasses.fields(Config)}
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Config)}
+
+
+def flags() -> Mapping[str, Flag]:
+    """Every flag by name, in the order in which they are shown."""
+    return _FLAGS
+
+
+def default(name: str) -> Any:
+    """The default of a flag; None or an empty string where there is none."""
+    return _DEFAULTS[name]
+
+
+def shown_default(name: str) -> str:
+    """The default of a flag as a user would write it; empty where there is none."""
+    value = default(name)
+    if value is None or isinstance(value, bool):
+        return ""
+    if flags()[name].read is _size:
+        power = max(p for p in range(len(_UNITS)) if value % 1024**p == 0)
+        return f"{value // 1024**power}{_UNITS[power].strip()}B"
+    return str(value)
+
+
+def check(config: Config, needs: Sequence[str] = ()) -> None:
+    """Checks every flag by itself and against others.
+
+    Args:
+      config: the flags.
+      needs: names of the flags that must be given.
+
+    Raises:
+      InputError: a flag is missing or out of its range.
+    """
+    missing = [f"--{name}" for name in needs if not getattr(config, name)]
+    if missing:
+        raise InputError(f"{', '.join(missing)} must be given, as a flag or in the --config file.")
+    for name, flag in flags().items():
+        value = getattr(config, name)
+        if problem := flag.problem(value):
+            raise InputError(f"--{name}={value}{problem}")
+    if 0 < config.rescore < config.top_k:
+        raise InputError(
+            f"--rescore={config.rescore} candidates cannot give --top_k={config.top_k} rows; "
+            "raise it, or turn rescoring off with 0."
+        )
+    name = config.test_name
+    if name in ("train", "", ".", "..") or any(c in name for c in "=/\\*?[]"):
+        raise InputError(f"--test_name={name}: take a plain name, other than 'train'.")
+    if any(c in config.output for c in "*?[]"):
+        raise InputError(f"--output={config.output}: take a path without any of * ? [ ].")

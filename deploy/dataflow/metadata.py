@@ -10,24 +10,12 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from tracin_beam.jobs import graphs
-from tracin_beam.jobs.options import TracInOptions
+from tracin_beam import config
+from tracin_beam.jobs import graphs, options
 
 FILE = Path(__file__).with_name("metadata.json")
 
-# Parameters that no template can do without; the other needed flags may stand in the --config file.
-_REQUIRED = ("stage",)
-_REGEXES = {
-    "stage": "|".join(sorted(graphs.GRAPHS)),
-    "config": r"gs://.+",
-    "task": r"(gs://.+\.py|[\w.]+):\w+",
-    "checkpoints": r"gs://.+",
-    "train": r"gs://.+",
-    "test": r"gs://.+",
-    "output": r"gs://[^*?\[\]]+",
-    "dim": r"\d+|auto",
-}
-_BY_TYPE = {int: r"\d+", float: r"[\d.eE+-]+"}
+STAGES = "|".join(sorted(graphs.GRAPHS))
 
 # Of Beam's flags those that neither the launch request nor the image gives.
 _BEAM = (
@@ -41,36 +29,48 @@ _BEAM = (
 
 def metadata() -> dict[str, Any]:
     """The template's metadata, as Dataflow's TemplateMetadata."""
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--stage", help=f"The job: {', '.join(sorted(graphs.GRAPHS))}.")
-    own.add_argument("--config", help="YAML file of flags; parameters given here win.")
-    TracInOptions._add_argparse_args(own)
     beam = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
-    for options in PipelineOptions.__subclasses__():
-        options._add_argparse_args(beam)
+    for beams in PipelineOptions.__subclasses__():
+        beams._add_argparse_args(beam)
     by_name = {action.dest: action for action in beam._actions}
     return {
         "name": "tracin-beam",
         "description": "Which training examples made the model predict this, and which are wrong, "
         "rare or harmful: TracIn influence of training data on a Keras model's predictions.",
-        "parameters": [_parameter(action) for action in own._actions]
-        + [_parameter(by_name[name]) for name in _BEAM],
+        "parameters": [
+            _parameter("stage", f"The job: {STAGES.replace('|', ', ')}.", STAGES, optional=False),
+            _parameter("config", "YAML file of flags; parameters given here win.", r"gs://.+"),
+            *(
+                _parameter(name, options.flag_help(name, flag), _regex(name, flag))
+                for name, flag in config.flags().items()
+                if flag.jobs is None
+            ),
+            *(
+                _parameter(name, argparse.HelpFormatter("")._expand_help(by_name[name]))
+                for name in _BEAM
+            ),
+        ],
     }
 
 
-def _parameter(action: argparse.Action) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "name": action.dest,
-        "label": action.dest.replace("_", " ").capitalize(),
-        "helpText": argparse.HelpFormatter("")._expand_help(action),
-        "isOptional": action.dest not in _REQUIRED,
+def _regex(name: str, flag: config.Flag) -> str:
+    """What the values of one of our flags look like; empty where they can be anything."""
+    default = config.default(name)
+    if isinstance(default, bool):
+        return "true|false"
+    by_type = r"\d+" if isinstance(default, int) else r"[\d.eE+-]+"
+    return flag.remote or (by_type if isinstance(default, int | float) else "")
+
+
+def _parameter(name: str, about: str, regex: str = "", optional: bool = True) -> dict[str, Any]:
+    """A parameter; all but the stage may stand in the --config file."""
+    found = {
+        "name": name,
+        "label": name.replace("_", " ").capitalize(),
+        "helpText": about,
+        "isOptional": optional,
     }
-    regex = _REGEXES.get(action.dest) or _BY_TYPE.get(action.type)
-    if action.nargs == 0:
-        regex = "true|false"
-    if regex:
-        found["regexes"] = [f"^({regex})$"]
-    return found
+    return {**found, "regexes": [f"^({regex})$"]} if regex else found
 
 
 if __name__ == "__main__":

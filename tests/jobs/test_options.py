@@ -1,9 +1,13 @@
+import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tracin_beam import config
 from tracin_beam.errors import InputError
+from tracin_beam.gradients.engine import EngineConfig
 from tracin_beam.jobs import options
 
 NEEDED = ["--task=t.py:task", "--checkpoints=c", "--train=a-*", "--output=out"]
@@ -61,7 +65,9 @@ def test_beams_flags_are_handed_on():
 def test_learning_rates():
     assert parse("--learning_rate=0.1")[0].learning_rate == (0.1,)
     assert parse("--learning_rate=0.1,1e-3")[0].learning_rate == (0.1, 0.001)
-    with pytest.raises(InputError, match="--learning_rate=fast: give a number"):
+    with pytest.raises(
+        InputError, match="--learning_rate: give a number, or some with commas, not 'fast'"
+    ):
         parse("--learning_rate=fast")
 
 
@@ -83,7 +89,7 @@ def test_missing_flags_are_all_named():
         ("--top-k=5", "There is no flag --top-k. Did you mean --top_k?"),
         ("--outptu=x", "There is no flag --outptu. Did you mean --output?"),
         ("--frobnicate", "There is no flag --frobnicate, neither ours nor Beam's."),
-        ("--top_k=many", "--top_k: invalid int value: 'many'"),
+        ("--top_k=many", "--top_k: give a whole number, not 'many'"),
         ("--top_k", "--top_k: expected one argument"),
         ("--direct_num_workers=few", "--direct_num_workers: invalid int value"),
         ("--top_k=0", "--top_k=0 must be at least 1."),
@@ -93,6 +99,9 @@ def test_missing_flags_are_all_named():
         ("--recall=nan", "--recall=nan must lie between 0 and 1."),
         ("--rescore=-1", "--rescore=-1 must be at least 0."),
         ("--rescore=5", "--rescore=5 candidates cannot give --top_k=10 rows"),
+        ("--dim=1000000000", "--dim=1000000000 must be at most 16777216."),
+        ("--seed=-1", "--seed=-1 must be at least 0."),
+        ("--learning_rate=nan", "--learning_rate: give a number"),
         ("--index_rows=0", "--index_rows=0 must be at least 1."),
         ("--batch_size=-4", "--batch_size=-4 must be at least 0."),
         ("--recall_queries=-1", "--recall_queries=-1 must be at least 0."),
@@ -136,6 +145,12 @@ def test_words_that_belong_to_no_flag_are_an_error():
         parse("--runner=FlinkRunner", "stray")
 
 
+# Nine levels of ten aliases each: a billion strings, if it were expanded.
+BOMB = "a0: &a0 [x]\n" + "\n".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)
+)
+
+
 class TestYaml:
     @pytest.fixture
     def config(self, tmp_path):
@@ -173,8 +188,29 @@ class TestYaml:
         assert parse(flag)[0].task == "t.py:task"
         assert parse(flag)[0].rescore == 50
 
-    def test_false_leaves_a_switch_off(self, config):
-        assert parse(config("overwrite: false"))[0].overwrite is False
+    def test_switches(self, config):
+        for word in ("false", "no", "off", "False", "'no'"):
+            assert parse(config(f"overwrite: {word}"))[0].overwrite is False
+        for word in ("true", "yes", "on", "TRUE"):
+            assert parse(config(f"overwrite: {word}"))[0].overwrite is True
+
+    def test_values_count_as_they_are_written(self, config):
+        """What YAML 1.1 makes of them is another number, a date or a boolean."""
+        assert parse(config("dim: 010"))[0].dim == 10
+        assert parse(config("top_k: 1_000\nrescore: 0"))[0].top_k == 1000
+        assert parse(config("max_rejected: 1e-3"))[0].max_rejected == 0.001
+        assert parse(config("learning_rate: [1e-3, 010]"))[0].learning_rate == (0.001, 10.0)
+        for name in ("on", "1:30", "2026-11-22", "0o17", "1.10", "~x", "'null'"):
+            assert parse(config(f"test_name: {name}"))[0].test_name == name.strip("'")
+        assert parse(config("test_name: null"))[0].test_name == "test"
+        assert parse(config("test_name: &name a\nlayers: *name"))[0].layers == "a"
+
+    def test_beams_flags(self, config):
+        _, given = parse(
+            config("runner: DataflowRunner\nno_auth: true\ndry_run: true\nproject: 010")
+        )
+        found = given.get_all_options()
+        assert (found["no_auth"], found["dry_run"], found["project"]) == (True, "True", "010")
 
     @pytest.mark.parametrize(
         ("text", "says"),
@@ -185,8 +221,21 @@ class TestYaml:
             ("1: 2", "must be a mapping of flag names to values"),
             ("topk: 3", "There is no flag --topk. Did you mean --top_k?"),
             ("top_k: 0", "--top_k=0 must be at least 1."),
-            ("a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
-            ("train: {a: b}", "train must be a value or a list, not a mapping"),
+            ("a: !!python/object/apply:os.getcwd []", "line 1: a must be a plain value"),
+            ("a: !!python/name:os.system ''", "line 1: a must be a plain value"),
+            ("train: {a: b}", "train must be a value or a list of values, not a mapping"),
+            ("train: [a, [b]]", "train must be a value or a list of values, not a list in a list"),
+            ("top_k: 3\nseed: 1\ntop_k: 4", "line 3: top_k is given twice, first on line 1"),
+            ("x: &x {top_k: 3}\n<<: *x", "line 1: x must be a value or a list"),
+            ("<<: {top_k: 3}", "line 1: must be a mapping of flag names to values"),
+            ("dim: 0x10", "--dim: give a number or auto, not '0x10'"),
+            ("top_k: 1:30", "--top_k: give a whole number, not '1:30'"),
+            ("top_k: true", "--top_k: give a whole number, not 'true'"),
+            ("overwrite: 1", "overwrite must be true or false, not '1'"),
+            ("overwrite: [true]", "overwrite must be true or false, not a list"),
+            (BOMB, "must be a value or a list of values, not a list in a list"),
+            ("[" * 5000, "is not valid YAML"),
+            ("train: " + "a" * (1 << 20), "is larger than 1,048,576 bytes"),
         ],
     )
     def test_files_that_are_wrong(self, config, text, says):
@@ -197,6 +246,31 @@ class TestYaml:
     def test_a_file_that_is_missing(self, tmp_path):
         with pytest.raises(InputError, match=r"none.yaml cannot be read"):
             parse(f"--config={tmp_path}/none.yaml")
+
+
+def test_each_flag_is_said_once_and_everywhere():
+    """A field of `Config` is enough for the parser, the help and the README's table."""
+    table = options.readme_table()
+    shown = (Path(__file__).parents[2] / "README.md").read_text()
+    assert table in shown, "run make documents"
+    for name, flag in config.flags().items():
+        text = options.flag_help(name, flag)
+        assert flag.help.removesuffix(".") in text
+        assert f"| `--{name}` |" in table
+
+
+def test_a_new_flag_that_touches_embeddings_is_in_the_fingerprint(monkeypatch):
+    marked = dataclasses.replace(config.flags()["top_k"], embeddings=True)
+    assert "top_k" not in config.Config().embedding_flags()
+    monkeypatch.setitem(config._FLAGS, "top_k", marked)
+    assert config.Config(top_k=3).embedding_flags()["top_k"] == 3
+
+
+def test_marked_flags_are_what_the_engine_takes():
+    engine = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+    marked = config.Config().embedding_flags()
+    assert marked == {name: engine[name] for name in marked}
+    assert list(marked) == ["layers", "projection", "dim", "seed", "norms", "ways"]
 
 
 def test_help(capsys):

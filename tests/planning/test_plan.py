@@ -6,7 +6,6 @@ import pytest
 import tiny as t
 from tiny import Tiny
 
-from tracin_beam.config import PlanFlags
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import options, planning
 from tracin_beam.planning import plan
@@ -172,20 +171,20 @@ def parsed(*argv):
 
 
 def test_flags_of_the_plan():
-    config, flags, _ = parsed()
+    config, _ = parsed()
     assert (config.output, config.dim) == ("", 1024)
-    assert flags == PlanFlags(1.0, 4 << 30, False)
-    _, flags, _ = parsed("--hours=0.5", "--worker_memory=512MB", "--json", "--runner=FlinkRunner")
-    assert flags == PlanFlags(0.5, 512 << 20, True)
-    assert parsed("--worker_memory=1.5GiB")[1].worker_memory == 3 << 29
-    assert parsed("--worker_memory=1000")[1].worker_memory == 1000
+    assert (config.hours, config.worker_memory, config.json) == (1.0, 4 << 30, False)
+    config, _ = parsed("--hours=0.5", "--worker_memory=512MB", "--json", "--runner=FlinkRunner")
+    assert (config.hours, config.worker_memory, config.json) == (0.5, 512 << 20, True)
+    assert parsed("--worker_memory=1.5GiB")[0].worker_memory == 3 << 29
+    assert parsed("--worker_memory=1000")[0].worker_memory == 1000
 
 
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--hours=0", "--hours=0.0 must be above 0"),
-        ("--hours=nan", "--hours=nan must be above 0"),
+        ("--hours=0", "--hours=0.0 must be above 0 and finite"),
+        ("--hours=nan", "--hours=nan must be above 0 and finite"),
         ("--worker_memory=much", "give a size such as 4GB, not 'much'"),
         ("--worker_memory=0", "give a size such as 4GB, not '0'"),
         ("--hour=1", "Did you mean --hours?"),

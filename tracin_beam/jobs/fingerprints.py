@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from tracin_beam.config import Config
 from tracin_beam.gradients.engine import Engine
 from tracin_beam.inputs.task import Task
 from tracin_beam.storage import runs
@@ -15,21 +16,16 @@ from tracin_beam.storage import runs
 _VERSION = 2
 
 
-def of_task(task: Task, engine: Engine) -> dict[str, str]:
+def of_task(task: Task, engine: Engine, config: Config) -> dict[str, str]:
     """What embeddings depend on besides shards and checkpoints, by what a user calls it."""
-    config = engine.config
+    flags = {**config.embedding_flags(), "dim": engine.dim}  # not "auto"
     return {
         "version": str(_VERSION),
         "model": runs.digest(_model(engine.model)),
         "loss": runs.digest(_loss(task.loss)),
         "parse": runs.digest(_code(task.parse)),
         "predict": runs.digest(_code(task.predict)),
-        "layers": config.layers,
-        "projection": config.projection,
-        "dim": str(engine.dim),
-        "seed": str(config.seed),
-        "norms": config.norms,
-        "ways": config.ways,
+        **{name: str(value) for name, value in flags.items()},
     }
 
 

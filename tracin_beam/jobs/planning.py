@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from apache_beam.io.filesystems import FileSystems
 
-from tracin_beam.config import Config, PlanFlags
+from tracin_beam.config import Config
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.preflight import Found
@@ -53,21 +53,21 @@ def main(about: str, argv: Sequence[str] | None = None) -> int:
       The exit status: 0, or 2 for an input that has to be mended, which is said on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if options.wants_help(argv, PROG, about, plan=True):
+    if options.wants_help(argv, PROG, about, job="plan"):
         return 0
     try:
-        config, flags, beam_options = options.parse_plan(argv, prog=PROG)
+        config, beam_options = options.parse_plan(argv, prog=PROG)
         launch.set_up_logging()
         FileSystems.set_options(beam_options)
-        planned = make(config, flags)
+        planned = make(config)
     except (InputError, OSError) as error:
         launch.say(PROG, error)
         return 2
-    print(json.dumps(as_json(planned), indent=1) if flags.json else as_text(planned, flags))
+    print(json.dumps(as_json(planned), indent=1) if config.json else as_text(planned, config))
     return 0
 
 
-def make(config: Config, flags: PlanFlags) -> Planned:
+def make(config: Config) -> Planned:
     """Looks at the data, lets a sample of it through the engine, and plans the run.
 
     Raises:
@@ -100,8 +100,8 @@ def make(config: Config, flags: PlanFlags) -> Planned:
         config.rescore,
         config.recall_queries,
         config.index_rows,
-        flags.hours,
-        flags.worker_memory,
+        config.hours,
+        config.worker_memory,
     )
     sets = {runs.TRAIN: train} | ({config.test_name: test} if test else {})
     return Planned(
@@ -152,7 +152,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
     }
 
 
-def as_text(planned: Planned, flags: PlanFlags) -> str:
+def as_text(planned: Planned, config: Config) -> str:
     """The plan for a reader."""
     from tracin_beam.planning.plan import duration, size
 
@@ -185,7 +185,7 @@ def as_text(planned: Planned, flags: PlanFlags) -> str:
         f"  together: {plan.worker_hours:,.2f} worker hours, without the workers' start",
         f"Memory of a worker: {size(plan.memory)}",
         "",
-        f"For --hours={flags.hours:g}: {plan.workers} worker(s)",
+        f"For --hours={config.hours:g}: {plan.workers} worker(s)",
     ]
     if plan.parts:
         lines.append(f"Suggested: --index_rows={plan.index_rows}")

@@ -250,15 +250,7 @@ def _try_out(
             f"take one of {', '.join(projections.names())}."
         )
     parser = Parser(task)
-    engine_config = EngineConfig(
-        config.layers,
-        config.projection,
-        int(config.dim),
-        config.seed,
-        config.batch_size,
-        config.norms,
-        config.ways,
-    )
+    engine_config = EngineConfig(**config.embedding_flags(), batch_size=config.batch_size)
     sample, loaded = _load(task, parser, engine_config, train)
     # Only now, as building the model may have imported more of the user's modules.
     source = workers.EngineSource(task_source(), engine_config, sample)
@@ -283,7 +275,7 @@ def _try_out(
         loaded = workers.load(task, parser, source.config, sample)
         workers.adopt(source, loaded)
         loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
-    return source, fingerprints.of_task(task, loaded.engine), parser.gives_ids
+    return source, fingerprints.of_task(task, loaded.engine, config), parser.gives_ids
 
 
 def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -> tuple[bytes, Any]:
@@ -383,10 +375,9 @@ def _try(
 
 def write_run(run: Run, earlier: dict[str, Any], news: dict[str, Any]) -> None:
     """Writes run.json: what an earlier run left in it, what this one is, and its news."""
-    config = dataclasses.asdict(run.config)
     described = {
         "method": "TracInCP",
-        "config": config,
+        "config": run.config.recorded(),
         "versions": _versions(),
         "fingerprint": run.fingerprint,
         "checkpoints": [

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from tracin_beam import config
 from tracin_beam.errors import InputError
 from tracin_beam.storage import files
 
@@ -176,7 +177,7 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     words = []
     for key in new:
         if old.get(key) != new[key]:
-            spelt_out = key in ("layers", "projection", "dim", "seed", "norms")
+            spelt_out = key in config.flags()
             words.append(f"{key} ({old.get(key)} → {new[key]})" if spelt_out else key)
     return words
 
