@@ -35,14 +35,6 @@ def data(records, checkpoints=2):
     return Data(tuple(records), True, units, sum(records) * checkpoints, units)
 
 
-def test_bytes_of_a_record():
-    # A float32 [dim], an id, and what frames them, which hardly grows.
-    for dim in (16, 1024):
-        assert plan.record_bytes(dim, 10) - plan.record_bytes(dim, 0) == 10
-        assert 4 * dim + 100 < plan.record_bytes(dim, 0) < 4 * dim + 200
-    assert plan.record_bytes(2048, 5) - plan.record_bytes(1024, 5) == 4096
-
-
 def test_parts_of_the_index_hold_whole_shards():
     assert plan.parts_of_index([10, 10, 10], 20) == [20, 10]
     assert plan.parts_of_index([10, 30, 5, 10], 20) == [10, 30, 15]

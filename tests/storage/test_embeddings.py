@@ -1,10 +1,12 @@
+import os
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from tracin_beam.errors import InputError
 from tracin_beam.storage import embeddings, records
-from tracin_beam.storage.embeddings import Embeddings
+from tracin_beam.storage.embeddings import COMPUTED, Embeddings, MatrixReader
 
 
 def rows_of(count, dim=5, start=0):
@@ -107,6 +109,135 @@ def test_files_that_do_not_fit_together_are_an_error(write):
     other = rows.take(np.arange(10) != 5)
     with pytest.raises(InputError, match="do not hold the same examples"):
         list(embeddings.read_checkpoints([write("a", rows), write("b", other)], []))
+
+
+def test_bytes_of_a_record(write):
+    for dim, length in ((1, 0), (16, 10), (1024, 300), (5000, 70_000)):
+        rows = Embeddings(
+            np.array([b"x" * length], object),
+            np.array([10_000]),
+            *np.zeros((4, 1), np.float32),
+            np.zeros((1, dim), np.float32),
+        )
+        assert embeddings.record_bytes(dim, length) == os.path.getsize(write("one", rows))
+
+
+@pytest.fixture
+def no_parser(monkeypatch):
+    """TensorFlow's parser is the way for other programs' records: ours need none."""
+
+    def refuse(serialised):
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(embeddings, "decode", refuse)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 31, 32, 5000])
+def test_records_of_ours_are_read_without_a_parser(write, no_parser, dim):
+    for start in (0, 2**40):  # ids, and at first positions, of several lengths
+        rows = rows_of(400, dim, start)
+        same(embeddings.concatenate(list(embeddings.read(write("a", rows)))), rows)
+
+
+def test_negative_and_large_positions(write, no_parser):
+    rows = rows_of(4)
+    numbers = np.array([-(2**63), -1, 127, 2**63 - 1])
+    rows = Embeddings(rows.ids, numbers, *(getattr(rows, n) for n in COMPUTED))
+    same(next(embeddings.read(write("a", rows))), rows)
+
+
+def test_a_record_is_found_whatever_its_id_says(write, no_parser):
+    rows = rows_of(5)
+    nasty = [next(embeddings.encode(rows)), b"\n\tembedding\x12", bytes(200), b"\xff" * 11, b""]
+    rows.ids[:] = nasty
+    same(next(embeddings.read(write("a", rows))), rows)
+
+
+def test_records_of_another_program_go_through_the_parser(tmp_path):
+    rows = rows_of(30)
+    path = tmp_path / "a"
+    ours = list(embeddings.encode(rows))
+    with path.open("wb") as handle:
+        writer = records.RecordWriter(handle)
+        writer.write_all(ours[:10])
+        for i in range(10, 20):
+            rebuilt = message(rows, i)
+            # Unknown fields and another order of the entries are still an Example.
+            rebuilt.features.feature["more"].int64_list.value.append(7)
+            writer.write(rebuilt.SerializeToString())
+        writer.write_all(ours[20:])
+    same(embeddings.concatenate(list(embeddings.read(str(path)))), rows)
+    out = np.zeros((30, 5), np.float32)
+    assert MatrixReader([str(path)]).read(out).tolist() == rows.position.tolist()
+    np.testing.assert_array_equal(out, rows.embedding)
+
+
+def test_a_matrix_is_read_into_an_array_in_blocks(write, no_parser, monkeypatch):
+    monkeypatch.setattr(records, "_PIECE", 700)  # some records each
+    first, second = rows_of(100, dim=3), rows_of(100, dim=3, start=50_000)
+    second = Embeddings(second.ids, first.position, *(getattr(second, n) for n in COMPUTED))
+    paths = [write("a", first), write("b", second)]
+    scales = [1.0, 0.25]
+    gone = first.position[[0, 40, 41, 99]]
+    kept = ~np.isin(first.position, gone)
+    expected = np.concatenate([first.embedding, second.embedding * np.float32(0.25)], axis=1)
+    reader = MatrixReader(paths, gone, scales=scales)
+    assert reader.width == 6
+    out = np.full((40, 6), 7, np.float32)
+    found, positions = [], []
+    while len(position := reader.read(out)):
+        positions += position.tolist()
+        found.append(out[: len(position)].copy())
+    assert [len(part) for part in found] == [40, 40, 16]
+    np.testing.assert_array_equal(np.concatenate(found), expected[kept])
+    assert positions == first.position[kept].tolist()
+    assert (out[16:] == found[1][16:]).all()
+
+    only = first.position[[3, 70, 41]]
+    position = MatrixReader(paths, gone, only=only, scales=scales).read(out)
+    assert position.tolist() == first.position[[3, 70]].tolist()
+    np.testing.assert_array_equal(out[:2], expected[[3, 70]])
+
+
+def test_no_rows_are_no_rows(write):
+    empty = write("a", rows_of(3).take(np.zeros(3, bool)))
+    reader = MatrixReader([empty, empty])
+    assert reader.width == 0
+    assert len(reader.read(np.empty((5, 2), np.float32))) == 0
+    assert list(embeddings.read(empty)) == []
+
+
+def test_a_matrix_of_files_that_do_not_fit_together_is_an_error(write):
+    rows = rows_of(10)
+    shorter = rows.take(np.arange(10) < 9)
+    for paths in ([write("a", rows), write("b", shorter)], [write("b", shorter), write("a", rows)]):
+        with pytest.raises(InputError, match="do not hold the same examples"):
+            MatrixReader(paths).read(np.empty((20, 10), np.float32))
+        with pytest.raises(InputError, match="do not hold the same examples"):
+            list(embeddings.read_checkpoints(paths, []))
+
+
+@pytest.mark.parametrize("where", [8, 100, -2, -6])
+def test_any_flipped_byte_is_found(write, where):
+    path = write("a", rows_of(50))
+    with open(path, "r+b") as file:
+        file.seek(where, os.SEEK_END if where < 0 else os.SEEK_SET)
+        octet = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([octet ^ 1]))
+    for read in (
+        lambda: list(embeddings.read(path)),
+        lambda: MatrixReader([path]).read(np.empty((50, 5), np.float32)),
+    ):
+        with pytest.raises(InputError, match="Delete the file and run again"):
+            read()
+
+
+def test_a_file_cut_short_is_found(write):
+    path = write("a", rows_of(50))
+    os.truncate(path, os.path.getsize(path) - 5)
+    with pytest.raises(InputError, match=r"cut short.*at record 49"):
+        list(embeddings.read(path))
 
 
 def test_a_damaged_file_is_named(write):

@@ -10,7 +10,7 @@ import keras
 from tracin_beam.config import Config
 from tracin_beam.gradients.engine import Engine
 from tracin_beam.inputs.task import Task
-from tracin_beam.storage import runs
+from tracin_beam.storage import embeddings, runs
 
 # Raised when the same inputs give other results than before.
 _VERSION = 2
@@ -20,7 +20,7 @@ def of_task(task: Task, engine: Engine, config: Config) -> dict[str, str]:
     """What embeddings depend on besides shards and checkpoints, by what a user calls it."""
     flags = {**config.embedding_flags(), "dim": engine.dim}  # not "auto"
     return {
-        "version": str(_VERSION),
+        "version": f"{_VERSION} {embeddings.LAYOUT}",
         "model": runs.digest(_model(engine.model)),
         "loss": runs.digest(_loss(task.loss)),
         "parse": runs.digest(_code(task.parse)),

@@ -226,7 +226,7 @@ def embedding_bytes(
         # Most positions have as many digits.
         length = len(f"{shard.name}#{number // 2}") if identity is None else identity
         whole = int(length)
-        total += number * (plan.record_bytes(dim, whole) + length - whole)
+        total += number * (embeddings.record_bytes(dim, whole) + length - whole)
     return round(total)
 
 

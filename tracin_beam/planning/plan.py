@@ -5,14 +5,10 @@ once, on two cores (benchmarks/dim_auto.py tells how), and is an order of magnit
 """
 
 import dataclasses
-import io
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from tracin_beam.stages import index, influence
-from tracin_beam.storage import embeddings
 
 # ScaNN, by float of the indexed rows: seconds to build a tree, and to search for one query.
 _BUILD_SECONDS = 4e-7
@@ -88,18 +84,6 @@ class Job:
     index_rows: int
     hours: float
     worker_memory: int
-
-
-def record_bytes(dim: int, identity: int) -> int:
-    """Bytes of a record in an embedding file whose id has so many bytes."""
-    handle = io.BytesIO()
-    one = np.zeros(1, np.float32)
-    ids = np.array([b"x" * identity], object)
-    rows = embeddings.Embeddings(
-        ids, np.array([10_000]), one, one, one, one, np.zeros((1, dim), np.float32)
-    )
-    embeddings.EmbeddingWriter(handle).write(rows)
-    return len(handle.getvalue())
 
 
 def parts_of_index(records: Sequence[int], index_rows: int) -> list[int]:

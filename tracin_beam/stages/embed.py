@@ -129,13 +129,9 @@ def _embed_batch(
     else:
         ids = np.array([f"{shard_name}#{p}".encode() for p in positions], object)
     rows = Embeddings(
-        ids,
-        np.array(positions, np.int64),
-        result.label,
-        result.prediction,
-        result.loss,
-        result.squared_norm,
-        result.embedding,
+        ids=ids,
+        position=np.array(positions, np.int64),
+        **{name: getattr(result, name) for name in embeddings.COMPUTED},
     ).take(usable)
     return (rows if len(rows) else None), rejected
 

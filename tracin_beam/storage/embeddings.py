@@ -1,27 +1,57 @@
 """Embedding files: a TFRecord for each training or test example at a checkpoint.
 
-A record is a `tf.train.Example`: `id` (bytes), `position` (int64), `label`, `prediction`, `loss`,
-`squared_norm` (float) and `embedding` (bytes: little-endian float32 [dim]). They are written
-straight as protocol buffer bytes, since building a message for each in Python takes longer than
-the arithmetic of a small model.
+A record is a `tf.train.Example` with the columns of `Embeddings`: `id` (bytes), `position` (int64),
+`label`, `prediction`, `loss`, `squared_norm` (float) and `embedding` (bytes: little-endian float32
+[dim]). They are written straight as protocol buffer bytes, since building a message for each in
+Python takes longer than the arithmetic of a small model. They are read as arrays over the bytes of
+the file, since the place of every column is known in what we wrote; records that look otherwise go
+through TensorFlow's parser. The CRC of every record is checked on every way.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import Annotated, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
 from tracin_beam.errors import InputError
 from tracin_beam.storage import records
 
-FLOATS = ("label", "prediction", "loss", "squared_norm")
+_ROWS = 4096
+
+
+class Kind(NamedTuple):
+    """How a column lies in the record.
+
+    Attributes:
+      kind: "bytes", "int" (int64), "float" (float32) or "vector" (numbers of a dtype, as bytes).
+      name: in the record, where it is not the attribute's.
+      dtype: of a vector's numbers.
+    """
+
+    kind: str
+    name: str = ""
+    dtype: str = ""
+
+
+class Column(NamedTuple):
+    """A column of the record: its name in `Embeddings` and in the record, and its `Kind`."""
+
+    attribute: str
+    name: str
+    kind: str
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
     """Rows of an embedding file, in the order of their positions.
+
+    This is the table of the record's columns: the encoder, the readers, the size of a record and
+    the layout in the fingerprint follow from it. The one column of bytes comes first, then
+    integers, then what has the same size in every record.
 
     Attributes:
       ids: object [n] of bytes.
@@ -30,48 +60,68 @@ class Embeddings:
       embedding: float32 [n, dim].
     """
 
-    ids: np.ndarray
-    position: np.ndarray
-    label: np.ndarray
-    prediction: np.ndarray
-    loss: np.ndarray
-    squared_norm: np.ndarray
-    embedding: np.ndarray
+    ids: Annotated[np.ndarray, Kind("bytes", "id")]
+    position: Annotated[np.ndarray, Kind("int")]
+    label: Annotated[np.ndarray, Kind("float")]
+    prediction: Annotated[np.ndarray, Kind("float")]
+    loss: Annotated[np.ndarray, Kind("float")]
+    squared_norm: Annotated[np.ndarray, Kind("float")]
+    embedding: Annotated[np.ndarray, Kind("vector", dtype="<f4")]
 
     def __len__(self) -> int:
         return len(self.position)
 
     def take(self, index: np.ndarray) -> "Embeddings":
         """The rows at these indices, or where a mask is true."""
-        return Embeddings(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+        return Embeddings(**{c.attribute: getattr(self, c.attribute)[index] for c in COLUMNS})
+
+
+COLUMNS = tuple(
+    Column(field.name, kind.name or field.name, kind.kind, kind.dtype)
+    for field in dataclasses.fields(Embeddings)
+    for kind in cast(Any, field.type).__metadata__
+)
+# Stands in the fingerprint, so that files of another layout are not taken for these.
+LAYOUT = " ".join(f"{column.name}:{column.kind}{column.dtype}" for column in COLUMNS)
+_BYTES = COLUMNS[0]
+_INTEGERS = [column for column in COLUMNS if column.kind == "int"]
+_FIXED = [column for column in COLUMNS if column.kind in ("float", "vector")]
+FLOATS = tuple(column.attribute for column in COLUMNS if column.kind == "float")
+# What is computed of an example, besides what tells which it is.
+COMPUTED = tuple(column.attribute for column in _FIXED)
+
+
+def record_bytes(dim: int, identity: int, position: int = 10_000) -> int:
+    """Bytes of a record in an embedding file, with its framing.
+
+    Args:
+      dim: length of the embedding.
+      identity: bytes of the id.
+      position: how large its position is, and every other integer.
+    """
+    digits = len(_varint(position))
+    size = len(_bytes_head(_BYTES.name, identity)) + identity + _fixed_dtype(dim).itemsize
+    size += sum(len(_int_head(column.name, digits)) + digits for column in _INTEGERS)
+    return records.FRAMING + len(_head(1, size)) + size
 
 
 def encode(rows: Embeddings) -> Iterator[bytes]:
     """Serialised `tf.train.Example`s of the rows."""
-    floats = np.stack([getattr(rows, name) for name in FLOATS], axis=1).astype("<f4")
-    label, prediction, loss, squared_norm = (_entry_head(name, 8) + _FLOAT_HEAD for name in FLOATS)
-    vectors = np.ascontiguousarray(rows.embedding, "<f4")
-    vector_head = _bytes_head("embedding", vectors.shape[1] * 4)
-    for i in range(len(rows)):
-        identity = bytes(rows.ids[i])
-        number = _varint(int(rows.position[i]))
-        raw = floats[i].tobytes()
-        parts = (
-            _bytes_head("id", len(identity)),
-            identity,
-            _position_head(len(number)),
-            number,
-            label,
-            raw[0:4],
-            prediction,
-            raw[4:8],
-            loss,
-            raw[8:12],
-            squared_norm,
-            raw[12:16],
-            vector_head,
-            vectors[i].tobytes(),
-        )
+    dim = rows.embedding.shape[1]
+    fixed = np.empty(len(rows), _fixed_dtype(dim))
+    for column in _FIXED:
+        fixed[_head_of(column)] = _fixed_head(column, dim)
+        fixed[column.name] = getattr(rows, column.attribute)
+    octets, size = fixed.tobytes(), fixed.dtype.itemsize
+    unsigned = [getattr(rows, c.attribute).astype(np.int64).view(np.uint64) for c in _INTEGERS]
+    integers = [values.tolist() for values in unsigned]
+    for i, identity in enumerate(rows.ids):
+        identity = bytes(identity)
+        parts = [_bytes_head(_BYTES.name, len(identity)), identity]
+        for column, values in zip(_INTEGERS, integers, strict=True):
+            number = _varint(values[i])
+            parts += (_int_head(column.name, len(number)), number)
+        parts.append(octets[i * size : (i + 1) * size])
         # Example.features = 1
         yield b"".join((_head(1, sum(map(len, parts))), *parts))
 
@@ -91,10 +141,6 @@ def _head(field: int, size: int) -> bytes:
     return _varint(field << 3 | 2) + _varint(size)
 
 
-# Feature.float_list = 2, FloatList.value = 1, packed: four bytes.
-_FLOAT_HEAD = _head(2, 6) + _head(1, 4)
-
-
 def _entry_head(name: str, size: int) -> bytes:
     """What of a `Features.feature` entry comes before its value of so many bytes."""
     key = _head(1, len(name)) + name.encode()
@@ -110,12 +156,36 @@ def _bytes_head(name: str, size: int) -> bytes:
     return _entry_head(name, len(outer) + len(inner) + size) + outer + inner
 
 
-@functools.lru_cache(16)
-def _position_head(size: int) -> bytes:
+@functools.lru_cache(64)
+def _int_head(name: str, size: int) -> bytes:
     # Feature.int64_list = 3, Int64List.value = 1, packed.
     inner = _head(1, size)
     outer = _head(3, len(inner) + size)
-    return _entry_head("position", len(outer) + len(inner) + size) + outer + inner
+    return _entry_head(name, len(outer) + len(inner) + size) + outer + inner
+
+
+def _fixed_head(column: Column, dim: int) -> np.ndarray:
+    """What comes before the value of a column of fixed size: uint8 [k]."""
+    if column.kind == "float":  # Feature.float_list = 2, FloatList.value = 1, packed: four bytes
+        head = _entry_head(column.name, 8) + _head(2, 6) + _head(1, 4)
+    else:
+        head = _bytes_head(column.name, dim * np.dtype(column.dtype).itemsize)
+    return np.frombuffer(head, np.uint8)
+
+
+def _head_of(column: Column) -> str:
+    return f"{column.name} head"
+
+
+@functools.lru_cache(16)
+def _fixed_dtype(dim: int) -> np.dtype:
+    """The end of every record: the columns of fixed size, each behind its head."""
+    parts: list[Any] = []
+    for column in _FIXED:
+        parts.append((_head_of(column), "u1", (len(_fixed_head(column, dim)),)))
+        value = (column.dtype, (dim,)) if column.kind == "vector" else ("<f4",)
+        parts.append((column.name, *value))
+    return np.dtype(parts)
 
 
 class EmbeddingWriter:
@@ -128,25 +198,242 @@ class EmbeddingWriter:
         self._writer.write_all(encode(rows))
 
 
-def read(path: str, rows: int = 4096) -> Iterator[Embeddings]:
+def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
+    """Rows of all parts, one after the other."""
+    names = [column.attribute for column in COLUMNS]
+    return Embeddings(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+def decode(serialised: Sequence[bytes]) -> Embeddings:
+    """The inverse of `encode`, for the messages of any program."""
+    import tensorflow as tf
+
+    types = {"int": tf.int64, "float": tf.float32}
+    spec = {c.name: tf.io.FixedLenFeature([], types.get(c.kind, tf.string)) for c in COLUMNS}
+    parsed = tf.io.parse_example(list(serialised), spec)
+    columns = {}
+    for column in COLUMNS:
+        values = parsed[column.name]
+        if column.kind == "vector":
+            values = tf.io.decode_raw(values, tf.as_dtype(np.dtype(column.dtype)))
+        columns[column.attribute] = values.numpy()
+    return Embeddings(**columns)
+
+
+def _views(piece: records.Piece, columns: Sequence[Column]) -> dict[str, np.ndarray]:
+    """Columns of the records of a piece, found in its bytes.
+
+    The columns of fixed size end where their record ends, so that they are found from there
+    whatever the length of its id. Integers come before them, and the id is what is left.
+
+    Returns:
+      By attribute. Floats and vectors are views on the bytes (not aligned, not to be written to)
+      where the records lie at equal distances.
+
+    Raises:
+      ValueError: a record is not as `encode` writes it.
+    """
+    fixed = _fixed_dtype(_dim(piece))
+    starts = piece.ends - fixed.itemsize
+    if (starts < piece.starts).any():
+        raise ValueError("too short for a record")
+    views = {}
+    for column in _FIXED:
+        _demand(
+            _at(piece.data, starts, *fixed.fields[_head_of(column)][:2]),  # type: ignore[index]
+            _fixed_head(column, _dim(piece)),
+        )
+        if column in columns:
+            views[column.attribute] = _at(piece.data, starts, *fixed.fields[column.name][:2])  # type: ignore[index]
+    for column in reversed(_INTEGERS):
+        views[column.attribute], starts = _integers(piece, column, starts)
+    if _BYTES in columns:
+        views[_BYTES.attribute] = _identities(piece, starts)
+    return {column.attribute: views[column.attribute] for column in columns}
+
+
+def _dim(piece: records.Piece) -> int:
+    """Numbers in the embedding of the first record."""
+    column = _FIXED[-1]
+    key = _head(1, len(column.name)) + column.name.encode()
+    end = int(piece.ends[0])
+    found = piece.data.rfind(key, int(piece.starts[0]), end)
+    if found < 0:
+        raise ValueError("no embedding")
+    after = found + len(key)
+    for head in range(4, 20):
+        size = end - after - head
+        expected = _bytes_head(column.name, max(size, 0))
+        if size >= 0 and piece.data.startswith(expected, after + head - len(expected)):
+            return size // np.dtype(column.dtype).itemsize
+    raise ValueError("no embedding at the end of a record")
+
+
+def _at(data: bytes, starts: np.ndarray, dtype: np.dtype, offset: int) -> np.ndarray:
+    """Values of a dtype that lie so many bytes after each start: [n, …]."""
+    base, shape = dtype.base, dtype.shape
+    inner = (base.itemsize,) * len(shape)
+    steps = np.diff(starts)
+    if not len(steps) or (steps == steps[0]).all():
+        step = int(steps[0]) if len(steps) else dtype.itemsize
+        first = int(starts[0]) + offset
+        return np.ndarray((len(starts), *shape), base, data, first, (step, *inner))
+    everywhere = len(data) - dtype.itemsize + 1
+    return np.ndarray((everywhere, *shape), base, data, 0, (1, *inner))[starts + offset]
+
+
+def _demand(found: np.ndarray, expected: np.ndarray) -> None:
+    if (found != expected).any():
+        raise ValueError("not the bytes of this record's layout")
+
+
+def _integers(
+    piece: records.Piece, column: Column, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Integers whose entries end at these places: int64 [n], and where the entries begin."""
+    octets = np.frombuffer(piece.data, np.uint8)
+    values = np.zeros(len(ends), np.uint64)
+    sizes = np.zeros(len(ends), np.int64)
+    # A number's last byte is below 128 and all before it are not, nor is its head's last byte.
+    for place in range(10):
+        at = ends - 1 - place
+        if (at < piece.starts).any():
+            raise ValueError("too short for a number")
+        octet = octets[at]
+        going = (sizes == place) & ((octet > 0x7F) == (place > 0))
+        if not going.any():
+            break
+        values[going] = values[going] << np.uint64(7) | octet[going] & np.uint64(0x7F)
+        sizes += going
+    begins = np.empty_like(ends)
+    for size in np.unique(sizes).tolist():
+        rows = sizes == size
+        head = np.frombuffer(_int_head(column.name, size), np.uint8)
+        begins[rows] = ends[rows] - size - len(head)
+        if (begins[rows] < piece.starts[rows]).any():
+            raise ValueError("too short for a number")
+        _demand(octets[begins[rows][:, None] + np.arange(len(head))], head)
+    return values.view(np.int64), begins
+
+
+def _identities(piece: records.Piece, ends: np.ndarray) -> np.ndarray:
+    """The ids, which with the head of the message lie between its start and these places."""
+    found = np.empty(len(ends), object)
+    places = (piece.starts.tolist(), ends.tolist(), piece.ends.tolist())
+    for i, (start, end, last) in enumerate(zip(*places, strict=True)):
+        head = _front(end - start, last - start)
+        if not piece.data.startswith(head, start):
+            raise ValueError("not the bytes of an id")
+        found[i] = piece.data[start + len(head) : end]
+    return found
+
+
+@functools.lru_cache(4096)
+def _front(size: int, message: int) -> bytes:
+    """What comes before an id that ends after so many bytes of a message of this length."""
+    for outer in range(2, 8):
+        head = _head(1, max(message - outer, 0))
+        for inner in range(10, 30):
+            length = size - outer - inner
+            front = head + _bytes_head(_BYTES.name, max(length, 0))
+            if length >= 0 and len(head) == outer and len(front) == outer + inner:
+                return front
+    raise ValueError("too short for an id")
+
+
+class _Rows:
+    """Some columns of a file's rows, one stretch after the other.
+
+    Attributes:
+      path: of the file.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        columns: Sequence[Column],
+        excluded: np.ndarray,
+        only: np.ndarray | None = None,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+          path: of the file.
+          columns: which to read.
+          excluded: positions to leave out.
+          only: positions to read, or None for all.
+        """
+        self.path = path
+        self._columns = columns
+        self._excluded, self._only = np.unique(excluded), only
+        self._parts = self._kept()
+        self._part: dict[str, np.ndarray] = {}
+        self._at = 0
+
+    def stretches(self, count: int) -> Iterator[dict[str, np.ndarray]]:
+        """The next so many rows, fewer only at the end of the file.
+
+        Yields:
+          Parts of them: columns by attribute, as `_views` gives them.
+        """
+        while count and self._fill():
+            part = {name: c[self._at : self._at + count] for name, c in self._part.items()}
+            size = len(part["position"])
+            self._at += size
+            count -= size
+            yield part
+
+    def _fill(self) -> bool:
+        """Reads on if nothing is left of what was read; whether there is anything then."""
+        if not self._part or self._at == len(self._part["position"]):
+            self._part, self._at = next(self._parts, {}), 0
+        return bool(self._part)
+
+    def width(self, attribute: str) -> int:
+        """Numbers in a row of a vector; 0 if there are no rows."""
+        return self._part[attribute].shape[1] if self._fill() else 0
+
+    def _kept(self) -> Iterator[dict[str, np.ndarray]]:
+        for part in self._decoded():
+            position = part["position"]
+            if self._only is not None:
+                kept = np.isin(position, self._only)
+            else:
+                kept = np.ones(len(position), bool)
+            if len(self._excluded):
+                kept &= ~np.isin(position, self._excluded)
+            if kept.all():
+                yield part
+            elif kept.any():
+                yield {name: column[kept] for name, column in part.items()}
+
+    def _decoded(self) -> Iterator[dict[str, np.ndarray]]:
+        try:
+            for piece in records.read_pieces(self.path):
+                try:
+                    yield _views(piece, self._columns)
+                except ValueError:
+                    places = zip(piece.starts.tolist(), piece.ends.tolist(), strict=True)
+                    rows = decode([piece.data[start:end] for start, end in places])
+                    yield {c.attribute: getattr(rows, c.attribute) for c in self._columns}
+        except records.DamageError as error:
+            raise InputError(
+                f"{self.path}: {error}. Delete the file and run again: it will be computed anew."
+            ) from error
+
+
+def read(path: str, rows: int = _ROWS) -> Iterator[Embeddings]:
     """Reads an embedding file, some rows at a time.
 
     Raises:
       InputError: the file is damaged.
     """
-    batch: list[bytes] = []
-    for record in records.read_records(path):
-        if isinstance(record, records.BadRecord):
-            raise InputError(
-                f"{path}: {record.reason} at record {record.position}. "
-                "Delete the file and run again: it will be computed anew."
-            )
-        batch.append(record.data)
-        if len(batch) == rows:
-            yield decode(batch)
-            batch = []
-    if batch:
-        yield decode(batch)
+    return _parts(_Rows(path, COLUMNS, np.empty(0, np.int64)), rows)
+
+
+def _parts(source: _Rows, rows: int) -> Iterator[Embeddings]:
+    while parts := list(source.stretches(rows)):
+        yield Embeddings(**{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 
 
 def read_at(path: str, positions: np.ndarray) -> Embeddings:
@@ -155,65 +442,110 @@ def read_at(path: str, positions: np.ndarray) -> Embeddings:
     Raises:
       InputError: it lacks one, or is damaged.
     """
-    found = [part.take(np.isin(part.position, positions)) for part in read(path)]
-    if sum(map(len, found)) != len(np.unique(positions)):
+    wanted = np.unique(positions)
+    source = _Rows(path, COLUMNS, np.empty(0, np.int64), wanted)
+    found = list(_parts(source, len(wanted)))
+    if sum(map(len, found)) != len(wanted):
         raise InputError(f"{path} lacks some examples. Delete it and run again.")
-    return concatenate([part for part in found if len(part)])
+    return concatenate(found)
 
 
-def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
-    """Rows of all parts, one after the other."""
-    names = [f.name for f in dataclasses.fields(Embeddings)]
-    return Embeddings(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
-
-
-def decode(serialised: Sequence[bytes]) -> Embeddings:
-    """The inverse of `encode`."""
-    import tensorflow as tf
-
-    spec = {name: tf.io.FixedLenFeature([], tf.float32) for name in FLOATS}
-    spec["position"] = tf.io.FixedLenFeature([], tf.int64)
-    spec["id"] = spec["embedding"] = tf.io.FixedLenFeature([], tf.string)
-    parsed = tf.io.parse_example(list(serialised), spec)
-    return Embeddings(
-        ids=parsed["id"].numpy(),
-        position=parsed["position"].numpy(),
-        embedding=tf.io.decode_raw(parsed["embedding"], tf.float32).numpy(),
-        **{name: parsed[name].numpy() for name in FLOATS},
-    )
-
-
-def read_checkpoints(paths: Sequence[str], excluded: Sequence[int]) -> Iterator[list[Embeddings]]:
+def read_checkpoints(
+    paths: Sequence[str], excluded: Sequence[int], rows: int = _ROWS
+) -> Iterator[list[Embeddings]]:
     """The same examples at every checkpoint, some thousand at a time.
 
     Args:
       paths: one shard's embedding files, a file for each checkpoint.
       excluded: positions to leave out, those rejected at any checkpoint among them.
+      rows: how many at a time; the last part may have fewer.
 
     Yields:
       For each checkpoint the embeddings of the same positions.
     """
-    readers = [_without(read(path), np.asarray(excluded, np.int64)) for path in paths]
-    for parts in zip(*readers, strict=True):
-        if any(not np.array_equal(parts[0].position, part.position) for part in parts[1:]):
-            raise InputError(
-                f"{', '.join(paths)} do not hold the same examples. "
-                "Delete them and run again: they will be computed anew."
-            )
+    left_out = np.asarray(excluded, np.int64)
+    readers = [_parts(_Rows(path, COLUMNS, left_out), rows) for path in paths]
+    for parts in itertools.zip_longest(*readers):
+        positions = [np.empty(0) if part is None else part.position for part in parts]
+        _demand_same(paths, positions)
         yield list(parts)
 
 
-def _without(parts: Iterator[Embeddings], excluded: np.ndarray) -> Iterator[Embeddings]:
-    """Leaves rows out and fills up again, so that all checkpoints' parts have the same rows."""
-    waiting: list[Embeddings] = []
-    size = 4096
-    for part in parts:
-        kept = part.take(~np.isin(part.position, excluded))
-        if len(kept):
-            waiting.append(kept)
-        if sum(map(len, waiting)) >= size:
-            rows = concatenate(waiting)
-            yield rows.take(np.arange(size))
-            waiting = [rows.take(np.arange(size, len(rows)))] if len(rows) > size else []
-    if waiting:
-        yield concatenate(waiting)
+class MatrixReader:
+    """One shard's embeddings at every checkpoint side by side, read into arrays that are given.
+
+    A row is [s_1 e_1, …, s_C e_C] over the C checkpoints. With s_c = √η_c the inner product of two
+    rows is TracInCP in the projection (Pruthi et al. 2020, section 3).
+
+    Holds some MiB for each file, whatever its size. Bytes are read, checked (every CRC) and copied
+    once, at about the speed at which they come from the disk.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        excluded: Sequence[int] | np.ndarray = (),
+        *,
+        only: Sequence[int] | np.ndarray | None = None,
+        scales: Sequence[float] | None = None,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+          paths: one shard's embedding files, a file for each checkpoint.
+          excluded: positions to leave out.
+          only: positions to read, in the order of the file; None for all.
+          scales: s_c, 1 if not given.
+        """
+        position, vector = (
+            next(c for c in COLUMNS if c.attribute == name) for name in ("position", "embedding")
+        )
+        left_out = np.asarray(excluded, np.int64)
+        wanted = None if only is None else np.asarray(only, np.int64)
+        self._files = [_Rows(path, [position, vector], left_out, wanted) for path in paths]
+        self._scales = [1.0] * len(paths) if scales is None else list(scales)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row, checkpoints × dim; 0 if there are no rows."""
+        return sum(source.width("embedding") for source in self._files)
+
+    def read(self, out: np.ndarray) -> np.ndarray:
+        """Reads the next rows, as many as there is room for.
+
+        Args:
+          out: float32 [n, width]; rows after the last one read stay as they are.
+
+        Returns:
+          int64 [m], positions of the rows read, m < n only at the end.
+
+        Raises:
+          InputError: a file is damaged, or they do not hold the same examples.
+        """
+        found = []
+        column = 0
+        for source, scale in zip(self._files, self._scales, strict=True):
+            positions = []
+            row = width = 0
+            for part in source.stretches(len(out)):
+                vectors = part["embedding"]
+                width = vectors.shape[1]
+                target = out[row : row + len(vectors), column : column + width]
+                if scale == 1:
+                    target[...] = vectors
+                else:
+                    np.multiply(vectors, np.float32(scale), out=target)
+                positions.append(part["position"])
+                row += len(vectors)
+            found.append(np.concatenate([np.empty(0, np.int64), *positions]))
+            column += width
+        _demand_same([source.path for source in self._files], found)
+        return found[0]
+
+
+def _demand_same(paths: Sequence[str], positions: Sequence[np.ndarray]) -> None:
+    if any(not np.array_equal(positions[0], other) for other in positions[1:]):
+        raise InputError(
+            f"{', '.join(paths)} do not hold the same examples. "
+            "Delete them and run again: they will be computed anew."
+        )
