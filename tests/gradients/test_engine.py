@@ -238,3 +238,19 @@ def test_threads_share_large_sums():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("initializer", ["ones", "glorot_uniform"])
+def test_variables_outside_the_model_must_be_the_same_in_each_process(initializer):
+    def build():
+        outside = L.Dense(4, "tanh", kernel_initializer=initializer)
+        outside.build((None, 5))
+        return keras.Sequential([L.Lambda(lambda x: outside(x)), L.Dense(3)])
+
+    engine, batch = engine_of(task_of(build, FEATURES, CLASSES, LOSS), N)
+    values = values_of(engine.model)
+    if initializer == "ones":
+        assert_close(engine.embed(values, batch).embedding, gradients(engine, values))
+    else:
+        with pytest.raises(InputError, match=r"not among its own.*kernel:0 \(5, 4\)"):
+            engine.embed(values, batch)

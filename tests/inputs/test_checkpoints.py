@@ -13,7 +13,8 @@ from remote_files import PREFIX
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs.callback import TracInCheckpoint
-from tracin_beam.inputs.checkpoints import Checkpoint, load_weights, read_checkpoints
+from tracin_beam.inputs.checkpoints import Checkpoint, read_checkpoints
+from tracin_beam.inputs.weights import WeightsLoader
 from tracin_beam.storage import files
 
 STEPS = 4  # to an epoch
@@ -52,6 +53,10 @@ def compiled(rate=RATE, optimizer=keras.optimizers.SGD, model=None, **options):
 def fit(model, *callbacks, epochs=2, **options):
     options = {"batch_size": 2, "shuffle": False, "verbose": 0, **options}
     return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **options)
+
+
+def load_weights(model, path):
+    WeightsLoader(model).load(path)
 
 
 def listing(directory):

@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ from tracin_beam.errors import InputError, reason
 from tracin_beam.gradients import capture, forms, independence, losses, nests, projections
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
-from tracin_beam.inputs import checkpoints
+from tracin_beam.inputs.checkpoints import first_ten
 from tracin_beam.inputs.task import Task, in_keras_thread
+from tracin_beam.inputs.weights import WeightsLoader
 
 # Checkpoints' weights kept in memory for each process.
 _VALUES_BYTES = 2 << 30
@@ -248,8 +250,12 @@ class Engine:
             self._cache.move_to_end(path)
             return self._cache[path]
 
+    @functools.cached_property
+    def _loader(self) -> WeightsLoader:
+        return WeightsLoader(self.model)
+
     def _load(self, path: str) -> list[tf.Tensor]:
-        checkpoints.load_weights(self.model, path)
+        self._loader.load(path)
         return [tf.identity(tf.convert_to_tensor(v.value)) for v in self.model.variables]
 
     def embed(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> Embedded:
@@ -406,8 +412,31 @@ class Engine:
             lambda *args: bodies[kind](target, *args), input_signature=signature, autograph=False
         )
         with self._explained():
-            function.get_concrete_function()
+            traced = function.get_concrete_function()
+        if traced.graph.variables:  # the model's own are arguments
+            self._check_outside()
         return function
+
+    def _check_outside(self) -> None:
+        """Refuses variables that no checkpoint holds, unless each build of the model gives them."""
+        outside, again = (self._outside(model) for model in (self.model, self.task.model()))
+        digests, others = (
+            sorted(zlib.crc32(v.numpy().tobytes()) for v in found) for found in (outside, again)
+        )
+        if digests != others:
+            raise InputError(
+                "the model uses variables that are not among its own, so no checkpoint holds "
+                "them, and each process makes others: "
+                + first_ten([f"{v.name} {tuple(v.shape)}" for v in outside])
+                + ". Make the layers that own them attributes of the model or of one of its layers"
+            )
+
+    def _outside(self, model: keras.Model) -> list[tf.Variable]:
+        """The variables that a model uses and does not list."""
+        features = self._structure[0]
+        traced = tf.function(lambda: model(features, training=False)).get_concrete_function()
+        own = {id(v.value) for v in model.variables}
+        return [v for v in traced.graph.variables if id(v) not in own]
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

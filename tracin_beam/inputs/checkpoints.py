@@ -6,8 +6,6 @@ import itertools
 import math
 import os
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +16,10 @@ from tracin_beam.storage import files
 
 if TYPE_CHECKING:
     import h5py
-    import keras
 
 LISTING = "checkpoints.json"
-_WEIGHTS = ".weights.h5"
-_MODEL = ".keras"
+WEIGHTS = ".weights.h5"
+MODEL = ".keras"
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,12 @@ def read_checkpoints(
     """
     if files.exists(listing := files.join(spec, LISTING)):
         checkpoints = _read_listing(spec, listing, learning_rate)
-    elif spec.endswith((_WEIGHTS, _MODEL)) or re.search(r"[*?\[,]", spec):
+    elif spec.endswith((WEIGHTS, MODEL)) or re.search(r"[*?\[,]", spec):
         checkpoints = _read_files(spec, learning_rate)
     else:
         raise InputError(
             f"There is no {LISTING} in {spec!r}: give a directory that TracInCheckpoint wrote, or "
-            f"a glob of {_WEIGHTS} or {_MODEL} files, such as '{files.join(spec, '*' + _WEIGHTS)}'"
+            f"a glob of {WEIGHTS} or {MODEL} files, such as '{files.join(spec, '*' + WEIGHTS)}'"
         )
     for earlier, later in itertools.pairwise(checkpoints):
         if earlier.step >= later.step:
@@ -159,7 +156,7 @@ def _checked_rate(rate: Any, where: str) -> float:
 def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> list[Checkpoint]:
     paths = [info.path for info in files.match(spec)]
     for path in paths:
-        _check_suffix(path)
+        check_suffix(path)
     steps: dict[str, int | None] = {path: _iterations(path) for path in paths}
     counted = {path: step for path, step in steps.items() if step is not None}
     # They are all 0 where the optimizer was not what trained the model.
@@ -176,11 +173,11 @@ def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> lis
     return checkpoints
 
 
-def _check_suffix(path: str) -> None:
-    if not path.endswith((_WEIGHTS, _MODEL)):
+def check_suffix(path: str) -> None:
+    if not path.endswith((WEIGHTS, MODEL)):
         raise InputError(
-            f"{path} is not a checkpoint that can be read: its name must end in {_WEIGHTS} or "
-            f"{_MODEL}. Save others again with model.save_weights"
+            f"{path} is not a checkpoint that can be read: its name must end in {WEIGHTS} or "
+            f"{MODEL}. Save others again with model.save_weights"
         )
 
 
@@ -190,7 +187,7 @@ def _natural_key(path: str) -> list[Any]:
 
 
 def _steps_in_names(paths: Sequence[str]) -> list[int] | None:
-    names = (os.path.basename(path).removesuffix(_WEIGHTS).removesuffix(_MODEL) for path in paths)
+    names = (os.path.basename(path).removesuffix(WEIGHTS).removesuffix(MODEL) for path in paths)
     numbers = [re.search(r"\d+", name) for name in names]
     steps = [int(number[0]) for number in numbers if number]
     rising = len(steps) == len(paths) and all(a < b for a, b in itertools.pairwise(steps))
@@ -202,16 +199,16 @@ def _open_weights(path: str) -> Iterator["h5py.File"]:
     """Opens the HDF5 file of weights that a checkpoint is, or holds. Damage is an `InputError`."""
     import h5py
 
-    with _naming_damage(path), contextlib.ExitStack() as stack:
+    with naming_damage(path), contextlib.ExitStack() as stack:
         handle: IO[bytes] = stack.enter_context(files.open_read(path))
-        if path.endswith(_MODEL):
+        if path.endswith(MODEL):
             archive = stack.enter_context(zipfile.ZipFile(handle))
             handle = stack.enter_context(archive.open("model.weights.h5"))
         yield stack.enter_context(h5py.File(handle, "r"))
 
 
 @contextlib.contextmanager
-def _naming_damage(path: str) -> Iterator[None]:
+def naming_damage(path: str) -> Iterator[None]:
     try:
         yield
     except InputError:
@@ -247,9 +244,9 @@ def _stored_rate(path: str, iterations: int | None) -> Any:
     None if the file holds none. Nothing that it names is executed, but for Keras's own schedules
     with plain values as arguments.
     """
-    if not path.endswith(_MODEL):
+    if not path.endswith(MODEL):
         return None
-    with _naming_damage(path), files.open_read(path) as handle, zipfile.ZipFile(handle) as archive:
+    with naming_damage(path), files.open_read(path) as handle, zipfile.ZipFile(handle) as archive:
         config = files.parse_json(archive.read("config.json"), f"config.json in {path}")
         optimizer = (config.get("compile_config") or {}).get("optimizer")
         # A model that was never compiled has none, a MultiOptimizer has many learning rates.
@@ -295,85 +292,6 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def load_weights(model: "keras.Model", path: str) -> None:
-    """Sets a built model's weights from a `.weights.h5` or `.keras` file on any file system.
-
-    The model's optimizer, if it has one, stays as it is, and so do the states of random generators.
-
-    Raises:
-        InputError: the file is missing or damaged; or its variables are not the model's, which the
-            message lists with their shapes, and the model stays as it is.
-    """
-    _check_suffix(path)
-    if not model.built:
-        raise InputError(
-            f"The weights of {path} cannot be loaded into a model that is not built: begin it with "
-            "keras.Input, or call it once on an example"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        own = os.path.join(folder, "model" + _WEIGHTS)
-        model.save_weights(own)
-        expected = _variable_shapes(own)
-    optimizer = getattr(model, "optimizer", None)
-    with _naming_damage(path), _local_weights(path) as local:
-        _check_same_variables(expected, _variable_shapes(local), path)
-        model.load_weights(local, objects_to_skip=[optimizer] if optimizer else [])
-
-
-@contextlib.contextmanager
-def _local_weights(path: str) -> Iterator[str]:
-    """Yields a local .weights.h5 file with the weights of a checkpoint."""
-    with files.local_copy(path) as local, tempfile.TemporaryDirectory() as folder:
-        if path.endswith(_MODEL):
-            packed, local = local, os.path.join(folder, "model" + _WEIGHTS)
-            with (
-                zipfile.ZipFile(packed) as archive,
-                archive.open("model.weights.h5") as source,
-                open(local, "wb") as target,
-            ):
-                shutil.copyfileobj(source, target)  # checks the archive's CRC too
-        yield local
-
-
-def _variable_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the variables in a .weights.h5 file that gradients depend on."""
-    import h5py
-
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def visit(name: str, item: object) -> None:
-        ignored = name.startswith("optimizer/") or "seed_generator/" in name
-        if isinstance(item, h5py.Dataset) and not ignored:
-            shapes[name] = item.shape
-
-    with h5py.File(path, "r") as file:
-        file.visititems(visit)
-    return shapes
-
-
-def _check_same_variables(
-    model: dict[str, tuple[int, ...]], file: dict[str, tuple[int, ...]], path: str
-) -> None:
-    differing = [
-        f"{name}: the model has {model[name]}, the file {file[name]}"
-        for name in model
-        if name in file and model[name] != file[name]
-    ]
-    lists = {
-        "with another shape": differing,
-        "missing from the file": [f"{name} {model[name]}" for name in model if name not in file],
-        "not in the model": [f"{name} {file[name]}" for name in file if name not in model],
-    }
-    problems = [
-        f"{len(names)} {what}: " + _first_ten(names) for what, names in lists.items() if names
-    ]
-    if problems:
-        raise InputError(
-            f"The weights in {path} are not of this model. Variables "
-            + ";\n".join(problems)
-            + ".\nBuild the architecture that was trained, or give its own checkpoints"
-        )
-
-
-def _first_ten(names: list[str]) -> str:
+def first_ten(names: list[str]) -> str:
+    """The first ten of some names, for a message."""
     return "; ".join(names[:10] + (["..."] if len(names) > 10 else []))
