@@ -13,7 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from tracin_beam.errors import InputError
-from tracin_beam.jobs import dataflow, graphs, options
+from tracin_beam.jobs import dataflow, graphs, local, options
 from tracin_beam.jobs.preflight import Run, prepare
 from tracin_beam.storage import runs
 
@@ -72,6 +72,7 @@ def execute(stage: str, run: Run, beam_options: PipelineOptions) -> PipelineResu
     Raises:
       InputError: what Beam says of its options, or a worker of the input.
     """
+    local.prepare(beam_options)
     try:
         quiet: Any = _WithoutOurTraces(sys.stderr)
         with contextlib.redirect_stderr(quiet), beam.Pipeline(options=beam_options) as pipeline:

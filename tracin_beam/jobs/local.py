@@ -1,0 +1,72 @@
+"""What Beam's Python servers need before a job runs on this machine.
+
+Beam's local runner, its job service and the workers that it starts in this process for an engine
+(LOOPBACK) talk over gRPC. Two of their defaults do not suit this software, and no option of Beam's
+changes them, so they are set in Beam's modules.
+"""
+
+import re
+from typing import Any
+
+import grpc
+from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions
+from apache_beam.runners.portability import abstract_job_service, local_job_service
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
+from apache_beam.runners.worker import worker_pool_main
+
+from tracin_beam.errors import InputError
+
+# Beam's modules that open a port on every interface.
+_SERVERS = (worker_handlers, local_job_service, abstract_job_service, worker_pool_main)
+
+
+def prepare(options: PipelineOptions) -> None:
+    """Makes this process's Beam servers listen on loopback only, and send whole elements only.
+
+    Servers and streams that are open already stay as they are. Runners whose servers are not in
+    this process are not touched.
+
+    Raises:
+      InputError: the options ask every worker for the flush that loses data.
+    """
+    for experiment in options.view_as(DebugOptions).experiments or []:
+        if re.fullmatch(r"data_buffer_time_limit_ms=0*[1-9]\d*", experiment):
+            raise InputError(
+                f"--experiments={experiment} would lose data: with it Beam's workers send their "
+                "output while an element is half written. Leave it out."
+            )
+    secure()
+
+
+def secure() -> None:
+    """Does it for all servers that this process will start; doing it again changes nothing."""
+    # The local runner's streams have a thread that takes what is in the buffer every 1,000 ms,
+    # also while another thread writes an element into it (`data_plane.py`: only flushes lock each
+    # other out). The receiver then decodes halves of elements, and what is written between taking
+    # and clearing is lost. Batch jobs do not need that flush: a stream is sent at its end, and
+    # between elements whenever it holds 10 MB. Workers of other runners have no such thread.
+    worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
+    for module in _SERVERS:
+        setattr(module, "grpc", _LOOPBACK)  # noqa: B010, as mypy knows these modules
+
+
+class _LoopbackGrpc:
+    """gRPC, but servers that were to listen on every interface listen on loopback.
+
+    There is no authentication: whoever reaches a worker's ports can run code in it. "localhost"
+    is both 127.0.0.1 and ::1, where the machine has them.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(grpc, name)
+
+    def server(self, *args: Any, **kwargs: Any) -> grpc.Server:
+        server = grpc.server(*args, **kwargs)
+        listen = server.add_insecure_port
+        server.add_insecure_port = lambda address: listen(
+            re.sub(r"^(\[::\]|0\.0\.0\.0):", "localhost:", address)
+        )
+        return server
+
+
+_LOOPBACK = _LoopbackGrpc()
