@@ -27,6 +27,13 @@ _OPENS = [
     for package in ("java.util", "java.lang", "java.lang.invoke", "java.nio", "sun.nio.ch")
 ]
 
+# Else it listens at the machine's own address, and shows its page to everybody.
+_SPARK = [
+    "-Dspark.driver.host=localhost",
+    "-Dspark.driver.bindAddress=127.0.0.1",
+    "-Dspark.ui.enabled=false",
+]
+
 
 class Engine:
     """A running engine: its processes, and the flags of a pipeline that shall run on it.
@@ -72,6 +79,11 @@ class Engine:
         _kill(descendants(process.pid))
         process.kill()
         process.wait()
+
+    def pids(self) -> list[int]:
+        """The process ids of all of the engine's processes, and of what they have started."""
+        own = [process.pid for process in self._processes.values()]
+        return [*own, *(pid for parent in own for pid in descendants(parent))]
 
     def pid(self, name: str) -> int:
         """The process id of one of the engine's processes."""
@@ -135,8 +147,8 @@ def running(name: str, folder: Path, workers: int = 2) -> Iterator[Engine]:
 def _job_service(engine: Engine) -> None:
     # Beam's own job service in Python, with a process of its own for each worker.
     port = free_port()
-    module = "apache_beam.runners.portability.local_job_service_main"
-    engine.start("job-service", [sys.executable, "-m", module, f"--port={port}"], port)
+    command = [sys.executable, str(HERE / "job_service.py"), f"--port={port}"]
+    engine.start("job-service", command, port)
     engine.flags = [
         *_portable(port),
         "--environment_type=beam:env:harness_subprocess_python:v1",
@@ -215,7 +227,7 @@ def _flink_job_server(engine: Engine, master: str) -> None:
 def _spark(engine: Engine) -> None:
     _job_server(
         engine,
-        _java(engine, "spark-job-server", "-Xmx1g"),
+        _java(engine, "spark-job-server", "-Xmx1g", *_SPARK),
         "org.apache.beam.runners.spark.SparkJobServerDriver",
         f"--spark-master-url=local[{engine.workers}]",
     )

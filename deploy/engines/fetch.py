@@ -4,6 +4,7 @@
 is in the cache already is not fetched again.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -102,7 +103,25 @@ def _go_program(name: str, known: dict[str, str], folder: Path) -> None:
     (folder / f"{name}.made").rename(folder / name)
 
 
-def _run(command: Sequence[str], environment: dict[str, str]) -> None:
+def _prism(name: str, known: dict[str, str], folder: Path) -> None:
+    """Prism with its one port on loopback: it has no flag for that, and no authentication."""
+    go = tool("go", "building prism")
+    module = f"{GO_MODULE}@v{known['BEAM']}"
+    found = json.loads(_run([go, "mod", "download", "-json", module], {}))
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = shutil.copytree(
+            found["Dir"], Path(temporary) / "beam", copy_function=shutil.copyfile
+        )
+        source = copy / "go/pkg/beam/runners/prism/internal/jobservices/server.go"
+        everywhere = 'fmt.Sprintf(":%d", port)'
+        text = source.read_text()
+        if everywhere not in text:
+            raise Missing(f"Prism {known['BEAM']} opens its port elsewhere than in {source.name}")
+        source.write_text(text.replace(everywhere, 'fmt.Sprintf("localhost:%d", port)'))
+        _run([go, "build", "-C", str(copy), "-o", str(folder / name), "./go/cmd/prism"], {})
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> str:
     done = subprocess.run(
         command,
         env={**os.environ, **environment},
@@ -114,16 +133,15 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> None:
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-20:])
         raise Missing(f"{' '.join(command)} failed:\n{tail}")
+    return done.stdout
 
 
-GO_PACKAGES = {
-    "prism": "github.com/apache/beam/sdks/v2/go/cmd/prism",
-    "boot": "github.com/apache/beam/sdks/v2/python/container",
-}
+GO_MODULE = "github.com/apache/beam/sdks/v2"
+GO_PACKAGES = {"prism": f"{GO_MODULE}/go/cmd/prism", "boot": f"{GO_MODULE}/python/container"}
 
 # Of each part: the versions that it depends on, and how it is made.
 PARTS: dict[str, tuple[tuple[str, ...], Callable[[str, dict[str, str], Path], None]]] = {
-    "prism": (("BEAM",), _go_program),
+    "prism": (("BEAM", "PRISM_PATCH"), _prism),
     "boot": (("BEAM",), _go_program),
     "flink-job-server": (("FLINK", "BEAM_JAVA", "BEAM_JOB_SERVICE"), _jars),
     "spark-job-server": (("SPARK", "BEAM_JAVA", "BEAM_JOB_SERVICE"), _jars),

@@ -1,9 +1,12 @@
 """The same job, on every engine and with one worker or two, makes the same tables."""
 
+import contextlib
 import os
+import threading
 
 import engines
 import pytest
+import sockets
 import tiny as t
 
 # Of workers in this process whose engine has ended.
@@ -29,11 +32,34 @@ PLACES = [
     ]
 )
 def place(request, tmp_path):
-    """An engine's name, number of workers and flags."""
+    """An engine's name, number of workers and flags; it must be reachable by loopback only."""
     name, workers = request.param
     (tmp_path / "engine").mkdir()
-    with engines.running(name, tmp_path / "engine", workers) as engine:
+    with engines.running(name, tmp_path / "engine", workers) as engine, addresses(engine) as found:
         yield name, workers, engine.flags
+    assert found
+    assert found <= {"127.0.0.1", "::1"}
+
+
+@contextlib.contextmanager
+def addresses(engine):
+    """The addresses that an engine's processes, and this one, listen at, at any time."""
+    found, before, ended = set(), set(sockets.listening()), threading.Event()
+
+    def look():
+        while not ended.wait(0.3):
+            # A process may end while it is looked at.
+            with contextlib.suppress(OSError):
+                every = {*sockets.listening(os.getpid(), *engine.pids())}
+                found.update(address for address, _ in every - before)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def test_tables_are_those_of_the_direct_runner(place, job, tmp_path, monkeypatch, capfd):

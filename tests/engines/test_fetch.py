@@ -46,9 +46,9 @@ def test_what_is_there_is_not_fetched_again(programs, tmp_path):
 
 def test_another_version_is_fetched_anew(programs, tmp_path, monkeypatch):
     programs("go", GO)
-    fetch.part("prism")
+    fetch.part("boot")
     monkeypatch.setattr(fetch, "versions", lambda: {"BEAM": "9.9.9"})
-    assert fetch.part("prism").name == "prism-9.9.9"
+    assert fetch.part("boot").name == "boot-9.9.9"
     assert (tmp_path / "counted").read_text() == "built\nbuilt\n"
 
 
