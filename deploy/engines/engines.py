@@ -248,7 +248,22 @@ def _portable(port: int) -> list[str]:
 
 def _java(engine: Engine, name: str, *memory: str) -> list[str]:
     temporary = f"-Djava.io.tmpdir={engine.folder}"
-    return [tool("java", name), *memory, temporary, *_OPENS, "-cp", f"{part(name)}/*"]
+    return [
+        *_on_loopback(),
+        tool("java", name),
+        *memory,
+        temporary,
+        *_OPENS,
+        "-cp",
+        f"{part(name)}/*",
+    ]
+
+
+def _on_loopback() -> list[str]:
+    """What to start a program with, so that no port of it is open to other machines."""
+    if sys.platform != "linux":
+        return []  # where programs take no library from others
+    return ["env", f"LD_PRELOAD={part('loopback') / 'loopback.so'}"]
 
 
 def free_port() -> int:

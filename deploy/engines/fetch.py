@@ -19,9 +19,9 @@ HERE = Path(__file__).resolve().parent
 ENGINES: dict[str, tuple[str, ...]] = {
     "job_service": (),
     "prism": ("prism",),
-    "flink": ("flink-job-server",),
-    "flink_cluster": ("flink-job-server", "boot"),
-    "spark": ("spark-job-server",),
+    "flink": ("flink-job-server", "loopback"),
+    "flink_cluster": ("flink-job-server", "loopback", "boot"),
+    "spark": ("spark-job-server", "loopback"),
 }
 
 
@@ -121,6 +121,12 @@ def _prism(name: str, known: dict[str, str], folder: Path) -> None:
         _run([go, "build", "-C", str(copy), "-o", str(folder / name), "./go/cmd/prism"], {})
 
 
+def _loopback(name: str, known: dict[str, str], folder: Path) -> None:
+    compiler = tool("cc", "keeping engines on loopback")
+    library = folder / f"{name}.so"
+    _run([compiler, "-shared", "-fPIC", "-o", str(library), str(HERE / "loopback.c"), "-ldl"], {})
+
+
 def _run(command: Sequence[str], environment: dict[str, str]) -> str:
     done = subprocess.run(
         command,
@@ -143,6 +149,7 @@ GO_PACKAGES = {"prism": f"{GO_MODULE}/go/cmd/prism", "boot": f"{GO_MODULE}/pytho
 PARTS: dict[str, tuple[tuple[str, ...], Callable[[str, dict[str, str], Path], None]]] = {
     "prism": (("BEAM", "PRISM_PATCH"), _prism),
     "boot": (("BEAM",), _go_program),
+    "loopback": (("LOOPBACK",), _loopback),
     "flink-job-server": (("FLINK", "BEAM_JAVA", "BEAM_JOB_SERVICE"), _jars),
     "spark-job-server": (("SPARK", "BEAM_JAVA", "BEAM_JOB_SERVICE"), _jars),
 }

@@ -10,4 +10,4 @@ from tracin_beam.jobs import local
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     local.secure()
-    local_job_service_main.run(sys.argv)
+    local_job_service_main.run(sys.argv[1:])
