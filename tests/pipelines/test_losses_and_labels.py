@@ -55,3 +55,12 @@ def test_a_loss_that_depends_on_no_weight_that_counts(said):
     status, words = said(loss("return tf.reduce_sum(0.0 * p, axis=1)"))
     assert status == 2
     assert "the gradient of the loss is zero for each of the first 8 examples" in words
+
+
+def test_what_of_the_training_is_left_out_is_said_once(said):
+    status, words = said(
+        ("Dense(3, ", "Dense(3, kernel_regularizer='l2', activity_regularizer='l2', "),
+    )
+    assert status == 0
+    assert words.count("are left out of the loss") == 1
+    assert "kernel" in words

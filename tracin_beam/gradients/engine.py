@@ -20,7 +20,7 @@ from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context as eager_context
 
 from tracin_beam.errors import InputError, reason
-from tracin_beam.gradients import capture, forms, independence, losses, nests, projections
+from tracin_beam.gradients import added, capture, forms, independence, losses, nests, projections
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
 from tracin_beam.inputs.checkpoints import first_ten
@@ -200,13 +200,16 @@ class Engine:
             self.model(example.take([0]).features, training=False)
         capture.make_traceable(self.model)
         self.weights = select_weights(self.model, self.config.layers)
+        self.added = added.survey(self.model, example.take([0]).features)
         self._recordable: list[keras.layers.Layer] = []
         found = None
         if self.config.rules:
             found = capture.survey(
                 self.weights, lambda: self.model(example.take([0]).features, training=False)
             )
-            self._recordable = found.layers
+            # What a layer adds to the loss in its call is not seen in the gradient of its output.
+            adding = {id(one.layer) for one in self.added if one.inside}
+            self._recordable = [layer for layer in found.layers if id(layer) not in adding]
         self.specs = [projections.WeightSpec(w.path, w.shape) for w in self.weights]
         self.projection = projections.make(
             self.config.projection, self.config.dim, self.config.seed, self.specs, self.config.ways
@@ -316,6 +319,10 @@ class Engine:
             math.prod(n or 128 for n in spec.shape) * 4 for spec in self._query_specs(target)
         )
 
+    def notes(self) -> list[str]:
+        """Sentences on how an example's loss is not all that was trained."""
+        return added.notes(self.model, self.added)
+
     def verify(self, values: list[tf.Tensor], batch: Batch) -> None:
         """Checks this engine's gradients against plain `tf.GradientTape`, one example at a time.
 
@@ -356,6 +363,7 @@ class Engine:
         def check() -> None:
             self._assign(values)
             output = independence.check_model(self.model, some.features)
+            added.check(self.model, self.added, some.features)
             if some.label is not None:
                 independence.check_loss(self.task.loss, some.label, output)
 
@@ -454,9 +462,13 @@ class Engine:
         loss = losses.loss_if_labelled(self.task.loss)
 
         def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
-            output = self.model(features, training=False)
+            with contextlib.ExitStack() as stack:
+                extra = stack.enter_context(added.collecting(self.model)) if self.added else []
+                output = self.model(features, training=False)
             value = quantity(label, output, sample_weight)
             plain = value if target == "loss" else loss(label, output, sample_weight)
+            if self.added and target == "loss":
+                value += added.shares(extra, self.added, nests.present(features)[0].shape[0])
             classifier = losses.is_classifier(self.task.loss, label, output)
             if self.task.predict is not None:
                 prediction = tf.cast(self.task.predict(output), tf.float32)
@@ -494,6 +506,11 @@ class Engine:
         else:
             norm = tf.reduce_sum(tf.square(embedding), axis=1)
         loss, label, prediction = captured.auxiliary
+        if self.added:
+            features, *_ = nests.repack(self._structure, flat)
+            scope = list(zip(self.model.variables, values, strict=True))
+            with keras.StatelessScope(scope):
+                loss += added.values(self.model, self.added, features)
         return embedding, norm, loss, label, prediction
 
     def _norms(

@@ -149,7 +149,8 @@ def check_loss(loss: Any, label: Any, output: Any) -> None:
         _, changed = _gradient(lambda p: whole(label, p), _first_changed(output))
     except Exception:  # it takes one example at a time only, as it is called here
         return
-    scale = np.nanmax(np.linalg.norm(together, axis=1))
+    sizes = np.linalg.norm(together, axis=1)
+    scale = np.max(sizes, where=np.isfinite(sizes), initial=0)
     for i in range(size):
         one, many = gradient_alone[i], together[i]
         if i and np.linalg.norm(changed[i] - many) > 1e-3 * scale:  # False where not finite

@@ -257,12 +257,19 @@ def _try_out(
     workers.adopt(source, loaded)
     try:
         tried = [_try(loaded, checkpoint, "loss", "train", train) for checkpoint in checkpoints]
-    except InputError:
+    except InputError as error:
         # A loss that compares the examples of a batch may have no value for one alone.
-        _check_independence(loaded, checkpoints, _first_parsed(loaded, train))
+        try:
+            _check_independence(loaded, checkpoints, _first_parsed(loaded, train))
+        except InputError:
+            raise
+        except Exception:  # whatever the records fail by: it is in the first error
+            raise error from None
         raise
     usable = [record.data for record in tried[-1].records]
     batch = _check_independence(loaded, checkpoints, usable)
+    for note in loaded.engine.notes():
+        _log.warning("%s", note)
     _check_gradients(tried, "train", "loss")
     if test:
         tried = [_try(loaded, c, config.target, "test", test) for c in checkpoints]
