@@ -24,7 +24,7 @@ import workloads
 from engine import bare_pass, medians
 
 from tracin_beam.gradients.engine import Batch, Engine
-from tracin_beam.stages.evaluate import correlation, ranks
+from tracin_beam.scoring.recall import correlation, ranks
 
 SIZES = {"mlp": (3000, 100, 256), "resnet20": (1000, 60, 64), "transformer": (600, 40, 16)}
 # Kind, dim and ways.

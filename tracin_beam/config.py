@@ -218,9 +218,23 @@ class Config:
         at_least=0,
         at_most=1 << 20,
     )
+    index: str = _flag(
+        "auto",
+        "How candidates are found: by the exact product with all embeddings, by a scann index, or "
+        "by whichever costs less.",
+        choices=("auto", "exact", "scann"),
+    )
+    queries_expected: int = _flag(
+        0,
+        "Test examples of this run and of those to come on the same training set, which may repay "
+        "an index; 0 for those of this run.",
+        _whole,
+        at_least=0,
+    )
     index_rows: int = _flag(
         50_000,
-        "Training examples in one part of the index, which must fit in a worker's memory.",
+        "Training examples that are gone through together; a part of a scann index has no more, "
+        "and must fit in a worker's memory.",
         _whole,
         at_least=1,
     )

@@ -45,7 +45,7 @@ class Job:
         if "influence/test" in found:
             assert set(embeddings(made.out)) == set(self.embeddings)
             assert made.run_json()["counts"] == self.counts
-            same([made.run_json()["quality"]], [self.recall], "quality")
+            same([made.run_json()["retrieval"]], [self.recall], "retrieval")
 
 
 def tables(out):
@@ -96,5 +96,5 @@ def make_job(folder, task=t.TASK):
     job.embeddings = embeddings(tiny.out)
     job.tables = tables(tiny.out)
     job.counts = tiny.run_json()["counts"]
-    job.recall = tiny.run_json()["quality"]
+    job.recall = tiny.run_json()["retrieval"]
     return job

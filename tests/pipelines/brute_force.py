@@ -274,11 +274,11 @@ def top_sets(scores, role, k):
     return [set(row[:k]) for row in np.argsort(-ROLES[role] * scores, axis=1, kind="stable")]
 
 
-def check_quality(out, rows, truth, test_name="test", k=10):
+def check_retrieval(out, rows, truth, test_name="test", k=10):
     """Recomputes recall and correlation, of a run with all its test examples sampled."""
     run = read_run(out)
-    quality = run["quality"]
-    assert (quality["queries"], quality["k"]) == (len(truth.test), k)
+    stated_all = run["retrieval"]
+    assert (stated_all["queries"], stated_all["k"]) == (len(truth.test), k)
     steps = [c["step"] for c in run["checkpoints"]]
     estimates = (estimated_products(out, test_name, truth, steps) * truth.rates).sum(axis=2)
     i, j = truth.test.index(rows, "test_"), truth.train.index(rows, "train_")
@@ -287,7 +287,7 @@ def check_quality(out, rows, truth, test_name="test", k=10):
         mine = (rows.role == role).to_numpy()
         table = [set(j[mine & (i == query)]) for query in range(len(exact))]
         alone = top_sets(estimates, role, k)
-        stated = quality[role + "s"]
+        stated = stated_all[role + "s"]
         # Near ties may fall either way.
         ties = 0.51 / (k * len(exact))
         assert stated["recall"] == pytest.approx(recall(exact, table), abs=ties)
@@ -295,8 +295,8 @@ def check_quality(out, rows, truth, test_name="test", k=10):
     pearson, spearman = np.transpose(
         [correlations(a, b) for a, b in zip(estimates, truth.scores, strict=True)]
     )
-    assert quality["correlation"]["pearson"] == pytest.approx(pearson.mean(), abs=1e-3)
-    assert quality["correlation"]["spearman"] == pytest.approx(spearman.mean(), abs=1e-3)
+    assert stated_all["correlation"]["pearson"] == pytest.approx(pearson.mean(), abs=1e-3)
+    assert stated_all["correlation"]["spearman"] == pytest.approx(spearman.mean(), abs=1e-3)
 
 
 def recall(exact, found):

@@ -25,7 +25,7 @@ def scaling():
 def crossing(scaling, tmp_path, monkeypatch):
     """A function that runs a job on so many examples: bytes by what crosses."""
     # As in a large training set, where not all pairs are scored.
-    monkeypatch.setattr("tracin_beam.stages.influence._ALL_PAIRS", 0)
+    monkeypatch.setattr("tracin_beam.stages.joining.ALL_PAIRS", 0)
 
     def run(stage, dim, examples=8):
         folder = tmp_path / f"{stage}-{dim}-{examples}"

@@ -99,7 +99,7 @@ def test_without_rescoring_scores_are_those_of_the_embeddings(problem, tmp_path,
         best = np.argsort(-bf.ROLES[role] * totals[query])[:10]
         np.testing.assert_allclose(group.score, totals[query][best], rtol=1e-5)
         assert len(set(group.j)) == 10
-    bf.check_quality(tmp_path, rows, truth)
+    bf.check_retrieval(tmp_path, rows, truth)
 
 
 def chosen(values, label):
@@ -198,19 +198,19 @@ def test_projections(problem, tmp_path, launch, projection):
     assert launch("influence", **flags) == 0
     rows = influence(tmp_path)
     bf.check_influence(rows.assign(exact=True), problem.truth(), argmax)
-    correlation = bf.read_run(tmp_path)["quality"]["correlation"]["pearson"]
+    correlation = bf.read_run(tmp_path)["retrieval"]["correlation"]["pearson"]
     assert correlation > (0.9999 if projection == "none" else 0.8)
 
 
 def test_candidates_alone_lead_to_the_same_tables(problem, tmp_path, launch, monkeypatch):
     assert launch("influence", **problem.flags(tmp_path / "pairs")) == 0
-    monkeypatch.setattr("tracin_beam.stages.influence._ALL_PAIRS", 0)
+    monkeypatch.setattr("tracin_beam.stages.joining.ALL_PAIRS", 0)
     assert launch("influence", **problem.flags(tmp_path / "out", index_rows=70, rescore=60)) == 0
     pd.testing.assert_frame_equal(influence(tmp_path / "pairs"), influence(tmp_path / "out"))
 
 
 def test_many_partitions_give_the_tables_of_one(problem, tmp_path, launch, monkeypatch):
-    monkeypatch.setattr("tracin_beam.stages.influence._ALL_PAIRS", 0)
+    monkeypatch.setattr("tracin_beam.stages.joining.ALL_PAIRS", 0)
     assert launch("influence", **problem.flags(tmp_path / "one")) == 0
     assert launch("influence", **problem.flags(tmp_path / "many", index_rows=70)) == 0
     assert len(glob.glob(f"{tmp_path}/many/index/part-*")) == 5

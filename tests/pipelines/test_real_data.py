@@ -30,7 +30,7 @@ def check_both(tmp_path, truth, predict):
     rows = bf.read_table(out / "influence/test/*.parquet")
     bf.check_influence(rows, truth, predict)
     bf.check_self_influence(bf.read_table(out / "self_influence/*.parquet"), truth, predict)
-    bf.check_quality(out, rows, truth)
+    bf.check_retrieval(out, rows, truth)
     counts = bf.read_run(out)["counts"]
     for name, examples in (("train", truth.train), ("test", truth.test)):
         assert counts[name] == {

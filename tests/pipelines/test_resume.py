@@ -17,8 +17,8 @@ from tiny import Tiny, rows
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("influence", "self_influence")
-# Of several partitions, and with a test set whose tables have several files.
-FLAGS = {"index_rows": 16}
+# With several groups and parts of the index, and with a test set whose tables have several files.
+FLAGS = {"index": "scann", "index_rows": 16}
 
 
 def run_all(tiny, stages=STAGES, **changes):
@@ -283,20 +283,21 @@ def test_another_top_k(made):
     assert t.snapshot(made.out, "evaluation/**/*") == before
     assert made.run("influence", top_k=2, **FLAGS) == 0
     assert len(t.table(made.out / "influence/test")) == 2 * 2 * 8
-    assert made.run_json()["quality"]["k"] == 2
+    assert made.run_json()["retrieval"]["k"] == 2
 
 
 def test_another_test_set_shares_the_training_set(made):
     before = t.snapshot(made.out)
     assert made.run("influence", test_name="again", target="margin", **FLAGS) == 0
-    other = made.run_json()["quality"]
+    other = made.run_json()["retrieval"]
     after = t.snapshot(made.out)
     assert {path: after[path] for path in before} == before
     new = {"/".join(path.split("/")[:2]) for path in set(after) - set(before)}
-    assert new == {"embeddings/again", "influence/again", "evaluation/again"}
+    folders = {f"{kind}/again" for kind in ("embeddings", "influence", "evaluation")}
+    assert new == {*folders, "reports/again.html", "_state/influence"}
     # What is told of the first set is its own again.
     assert made.run("influence", **FLAGS) == 0
-    assert made.run_json()["quality"] != other
+    assert made.run_json()["retrieval"] != other
     assert made.run_json()["config"]["test_name"] == "test"
 
 

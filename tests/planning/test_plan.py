@@ -10,6 +10,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.jobs import options, planning
 from tracin_beam.planning import plan
 from tracin_beam.planning.plan import Data, Job, Speed
+from tracin_beam.scoring import cost
 
 SPEED = Speed(
     embed_rows=1000.0, score_rows=500.0, batch_size=100, query_bytes=1 << 20, memory=1 << 30
@@ -21,9 +22,14 @@ JOB = Job(
     rescore=100,
     recall_queries=10,
     index_rows=50_000,
+    choice=None,
     hours=1.0,
     worker_memory=4 << 30,
 )
+
+
+EXACT = cost.choose("exact", 800_000, 1024, 1000, 0, 100)
+SCANN = cost.choose("scann", 800_000, 1024, 1000, 0, 100)
 
 
 def job(**changes):
@@ -35,18 +41,19 @@ def data(records, checkpoints=2):
     return Data(tuple(records), True, units, sum(records) * checkpoints, units)
 
 
-def test_parts_of_the_index_hold_whole_shards():
-    assert plan.parts_of_index([10, 10, 10], 20) == [20, 10]
-    assert plan.parts_of_index([10, 30, 5, 10], 20) == [10, 30, 15]
-    assert plan.parts_of_index([0, 0], 20) == []
+def test_pieces_of_the_index_are_those_of_the_index_stage():
+    assert plan.pieces([10, 10, 10], 20) == [20, 10]
+    assert plan.pieces([10, 30, 5, 10], 20) == [10, 15, 15, 15]
+    assert plan.pieces([0, 0], 20) == []
 
 
 def test_bytes_of_the_index():
-    assert plan.part_bytes(100, 64) == 100 * (4 * 64 + 3)
-    # By ScaNN, measured: 1.133 times the rows of 100,000 × 1024, 1.135 of 50,000 × 3072.
-    assert plan.part_bytes(100_000, 1024) == pytest.approx(1.133 * 4 * 100_000 * 1024, rel=0.01)
-    assert plan.part_bytes(50_000, 3072) == pytest.approx(1.135 * 4 * 50_000 * 3072, rel=0.01)
-    assert plan.index_bytes([100, 100], 64, 100) == 2 * plan.part_bytes(100, 64)
+    assert plan.piece_bytes(100, 64) == 100 * (4 * 64 + 3)
+    # By ScaNN, measured: 1.133 times the rows of 100,000 × 1024, of which 512 are left.
+    assert plan.piece_bytes(100_000, 512) == pytest.approx(1.14 * 4 * 100_000 * 512, rel=0.02)
+    assert plan.piece_bytes(100_000, 5120) == plan.piece_bytes(100_000, 512)
+    assert plan.index_bytes("scann", [100, 100], 64, 100) == 2 * plan.piece_bytes(100, 64)
+    assert plan.index_bytes("exact", [100, 100], 64, 100) == 0
 
 
 def test_rows_that_fit():
@@ -58,14 +65,15 @@ def test_rows_that_fit():
 
 def test_all_pairs_are_scored_where_they_are_few():
     # Whole batches: 150 examples take two, and 250 queries three blocks.
-    assert plan.rescored([150, 100], 250, JOB, 100) == 2 * 3 * (200 + 100)
+    assert plan.rescored([150, 100], 250, job(index_rows=150), 100) == 2 * 3 * (200 + 100)
+    assert plan.rescored([150, 100], 250, JOB, 100) == 2 * 3 * 300
     assert plan.rescored([150], 250, job(rescore=0), 100) == 0
     assert plan.rescored([150], 0, JOB, 100) == 0
 
 
 def test_candidates_are_scored_where_pairs_are_many():
     train = [1_000_000] * 4
-    # A block's 100 queries ask for 2 · 100 each, hardly any twice, of four shards: 50 batches each.
+    # A block's 100 queries ask for 2 · 100 each, hardly any twice, of four groups: 50 batches each.
     scored = plan.rescored(train, 1000, JOB, 100)
     assert scored == pytest.approx(2 * 10 * 20_000, rel=0.01)
     # Never more than there are.
@@ -80,7 +88,8 @@ def test_memory_for_the_candidates():
 
 
 def test_queries_for_the_recall():
-    assert plan.checked([1000, 50], 100, JOB, 100) == 2 * (1000 + 100)
+    assert plan.checked([1000, 50], 100, job(index_rows=1000), 100) == 2 * (1000 + 100)
+    assert plan.checked([1000, 50], 100, JOB, 100) == 2 * 1100
     assert plan.checked([1000], 100, job(recall_queries=0), 100) == 0
     # However many test examples there are, a block holds a hundred queries.
     assert plan.checked([1000], 100_000, JOB, 100) == 2 * 1000
@@ -89,18 +98,31 @@ def test_queries_for_the_recall():
 
 def test_a_plan_adds_up():
     train, test = data([100_000] * 8), data([1000])
-    made = plan.make(train, test, 5_000_000, SPEED, JOB)
+    made = plan.make(train, test, 5_000_000, SPEED, job(choice=SCANN))
     assert made.embedding_bytes == 10_000_000
     assert made.seconds["embed"] == 2 * (800_000 + 1000) / 1000
-    assert set(made.seconds) == {"embed", "index", "search", "rescore", "recall"}
+    assert set(made.seconds) == {"embed", "index and search", "rescore", "recall"}
     assert made.worker_hours == pytest.approx(sum(made.seconds.values()) / 3600)
     assert made.workers == math.ceil(made.worker_hours)
-    assert made.parts == 8
-    assert made.memory == SPEED.memory + plan.build_memory(100_000, 1024)
-    assert plan.make(train, test, 0, SPEED, job(hours=1000.0)).workers == 1
+    assert made.parts == 16
+    held = max(plan.build_memory(50_000, 1024), plan.rescore_memory(1000, JOB, SPEED))
+    assert made.memory == SPEED.memory + held
+    assert made.index == SCANN
+    cheap = plan.make(train, test, 0, SPEED, job(choice=SCANN, hours=1000.0))
+    assert cheap.workers == 1
 
 
-def test_without_a_test_set_there_is_no_index():
+def test_the_exact_product_needs_no_index():
+    train, test = data([100_000] * 8), data([1000])
+    made = plan.make(train, test, 5_000_000, SPEED, job(choice=EXACT))
+    assert (made.index_bytes, made.parts, made.index) == (0, 0, EXACT)
+    assert made.seconds["search"] == cost.exact_seconds(800_000, 1024, 1000)
+    assert "index and search" not in made.seconds
+    held = max(plan.product_memory(1000, 1024), plan.rescore_memory(1000, JOB, SPEED))
+    assert made.memory == SPEED.memory + held
+
+
+def test_without_a_test_set_there_is_no_search():
     made = plan.make(data([500]), None, 100, SPEED, JOB)
     assert (made.index_bytes, made.parts, set(made.seconds)) == (0, 0, {"embed"})
     assert made.memory == SPEED.memory
@@ -130,15 +152,14 @@ class TestAdvice:
 
     def test_too_little_memory(self):
         rows = plan.fitting_rows(3 << 30, 1024)
-        train, test = data([20_000] * 50), data([10])
-        assert f"take --index_rows={rows}" in self.of(train, test, index_rows=10**6)
-        said = self.of(data([500_000] * 2), test)
-        assert f"none should have more than {rows:,} examples" in said
+        train, test = data([20_000] * 500), data([10])
+        assert f"take --index_rows={rows}" in self.of(train, test, index_rows=10**7, choice=SCANN)
+        assert self.of(data([5_000_000] * 2), test, choice=EXACT).count("memory") == 0
         assert "lower --batch_size" in self.of(train, worker_memory=1000)
 
     def test_index_rows_fit_and_give_every_worker_a_part(self):
         train, test = data([10_000] * 100), data([10])
-        rows = plan.make(train, test, 0, SPEED, job(hours=0.1)).index_rows
+        rows = plan.make(train, test, 0, SPEED, job(hours=0.1, choice=SCANN)).index_rows
         assert rows == plan.fitting_rows(3 << 30, 1024) or rows < 10**6
         assert plan.build_memory(rows, 1024) <= 3 << 30
 
@@ -216,8 +237,12 @@ def test_predicted_bytes_and_examples_are_those_written(problem, capsys):
         assert before["sets"][name]["units_todo"] == before["sets"][name]["units"]
     written = sum(path.stat().st_size for path in problem.out.glob("embeddings/**/*.tfrecord"))
     assert before["embedding_bytes"] == pytest.approx(written, rel=0.02)
+    assert before["index"]["index"] == "exact"
+    assert before["index_bytes"] == 0
+    built = planned(problem, capsys, index="scann")
+    assert problem.run("influence", index="scann") == 0
     (matrix,) = problem.out.glob("index/part-*/scann-*/dataset.npy")
-    assert before["index_bytes"] == pytest.approx(matrix.stat().st_size, rel=0.1)
+    assert built["index_bytes"] == pytest.approx(matrix.stat().st_size, rel=0.1)
     assert before["suggested_dim"]["dim"] == 256
     assert before["memory"] > 50 << 20
     # What is done is not to be done again, and the plan leaves it as it is.

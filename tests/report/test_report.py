@@ -28,7 +28,7 @@ RUN = {
         {"step": 110, "epoch": 2, "learning_rate": 0.1},
         {"step": 220, "epoch": 4, "learning_rate": 0.05},
     ],
-    "quality": {
+    "retrieval": {
         "queries": 10,
         "k": 10,
         "proponents": {"recall_projection": 0.87, "recall": 1.0},
@@ -299,13 +299,13 @@ class TestInfluencePage:
             {},
             {
                 "counts": None,
-                "quality": None,
+                "retrieval": None,
                 "checkpoints": None,
                 "config": None,
                 "versions": None,
             },
-            {"counts": {"train": {"read": 5}}, "quality": {"proponents": {"recall": None}}},
-            {"checkpoints": [{"step": None}], "quality": {"correlation": {"pearson": None}}},
+            {"counts": {"train": {"read": 5}}, "retrieval": {"proponents": {"recall": None}}},
+            {"checkpoints": [{"step": None}], "retrieval": {"correlation": {"pearson": None}}},
         ],
     )
     def test_tolerates_what_run_json_does_not_say(self, run):

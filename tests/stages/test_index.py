@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from tracin_beam.stages import index
-from tracin_beam.storage import embeddings, files
-from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, ShardResult
+from tracin_beam.stages.joining import Join
+from tracin_beam.storage import files
+from tracin_beam.storage.runs import TRAIN, Output, Shard, ShardResult
 
 UNIT = "0123456789abcdef"
 
@@ -36,7 +37,7 @@ def members(partitions):
     return {part.number: [r.shard.name for r in part.shards] for part in partitions}
 
 
-def test_shards_fill_partitions_in_their_order():
+def test_shards_fill_groups_in_their_order():
     results = [result(name, 40) for name in "abcde"]
     assert members(plan(results, 100)) == {0: ["a", "b"], 1: ["c", "d"], 2: ["e"]}
     assert members(plan(results, 1)) == dict(enumerate(["a"], 0)) | {
@@ -55,7 +56,7 @@ def test_a_plan_does_not_depend_on_the_order_of_results():
     assert all(other == plans[0] for other in plans)
 
 
-def test_new_shards_change_the_last_partition_only():
+def test_new_shards_change_the_last_group_only():
     day1 = [result(name, 40) for name in ("b", "d", "f")]
     before = plan(day1, 100)
     assert members(before) == {0: ["b", "d"], 1: ["f"]}
@@ -66,7 +67,7 @@ def test_new_shards_change_the_last_partition_only():
     assert after[1].fingerprint != before[1].fingerprint
 
 
-def test_shards_that_go_change_their_own_partition_only():
+def test_shards_that_go_change_their_own_group_only():
     results = [result(name, 40) for name in "abcdef"]
     before = plan(results, 100)
     after = plan([r for r in results if r.shard.name not in "cde"], 100, before)
@@ -91,7 +92,7 @@ def test_a_changed_shard_keeps_its_place():
     ]
 
 
-def test_a_partition_that_has_grown_too_large_is_divided():
+def test_a_group_that_has_grown_too_large_is_divided():
     before = plan([result(name, 40) for name in "abcd"], 100)
     after = plan([result("a", 90), *(result(name, 40) for name in "bcd")], 100, before)
     assert members(after)[1] == ["c", "d"]
@@ -105,41 +106,50 @@ def test_shards_without_usable_rows_are_left_out_and_large_ones_stand_alone():
     assert plan(results[:2], 100) == []
 
 
-def embeddings_of(rng, count, dim):
-    vector = rng.normal(size=(count, dim)).astype(np.float32)
-    zeros = np.zeros(count, np.float32)
-    ids = np.array([b"%d" % i for i in range(count)], object)
-    return embeddings.Embeddings(
-        ids, np.arange(count), zeros, zeros, zeros, np.square(vector).sum(axis=1), vector
+def test_a_group_with_too_many_rows_is_indexed_in_pieces():
+    (group,) = plan([result("c", 500, rejected=[1, 2])], 100)
+    pieces = index.pieces(group, 100)
+    assert [(p.start, p.stop) for p in pieces] == [
+        (0, 99),
+        (99, 199),
+        (199, 298),
+        (298, 398),
+        (398, 498),
+    ]
+    assert len({p.fingerprint for p in pieces}) == 5
+    paths = {p.path(Output("out"), "x") for p in pieces}
+    assert len(paths) == 5
+    (whole,) = index.pieces(group, 498)
+    assert whole.path(Output("out"), "x") == "out/index/part-00000/x"
+
+
+def join_of(tmp_path, results, checkpoints):
+    shards = tuple(r.shard for r in results)
+    return Join(
+        Output(str(tmp_path)),
+        shards,
+        (),
+        "test",
+        "loss",
+        tuple(checkpoints),
+        None,
+        units(results),
+        "TracInCP",
+        16,
+        8,
     )
 
 
-def write_embeddings(tmp_path, rng, results, checkpoints):
-    """The embeddings by (shard's name, step)."""
-    written = {}
-    for r in results:
-        for c in checkpoints:
-            rows = embeddings_of(rng, r.read, 8)
-            path = tmp_path / "embeddings" / "train" / str(c.step) / f"{r.shard.name}.tfrecord"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as handle:
-                embeddings.EmbeddingWriter(handle).write(rows)
-            written[r.shard.name, c.step] = rows.embedding
-    return written
-
-
-def test_partitions_are_built_once_and_found_again(tmp_path):
-    rng = np.random.default_rng(0)
-    output = Output(str(tmp_path))
-    checkpoints = [
-        CheckpointFile(f"{s}.h5", s, None, rate, "x") for s, rate in ((5, 0.5), (9, 0.1))
-    ]
+def test_pieces_are_built_once_and_found_again(tmp_path, write_rows):
+    checkpoints = write_rows.checkpoints
     results = [result("a", 30, rejected=[3]), result("b", 20)]
-    written = write_embeddings(tmp_path, rng, results, checkpoints)
-    (partition,) = index.plan(results, units(results), 100, {})
-    index.build(output, partition, checkpoints)
+    written = write_rows(TRAIN, results)
+    join = join_of(tmp_path, results, checkpoints)
+    (group,) = index.planned_groups(join, results, 100)
+    (piece,) = index.pieces(group, 100)
+    index.build(join, piece)
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "index").rglob("*") if p.is_file()}
-    index.build(output, partition, checkpoints)
+    index.build(join, piece)
     assert made == {p: p.stat().st_mtime_ns for p in made}
 
     scaled = [
@@ -148,22 +158,40 @@ def test_partitions_are_built_once_and_found_again(tmp_path):
     ]
     matrix = np.vstack([np.delete(scaled[0], 3, axis=0), scaled[1]])
     places = [("/data/a", i) for i in range(30) if i != 3] + [("/data/b", i) for i in range(20)]
-    queries = rng.normal(size=(4, 16)).astype(np.float32)
-    with index.loaded(output, partition) as searcher:
-        found, scores = searcher.search(queries, 1000)
-    assert found.shape == (4, 49)
-    expected = queries @ matrix.T
-    for row, own, products in zip(found, scores, expected, strict=True):
-        assert row.tolist() == np.argsort(-products).tolist()
-        np.testing.assert_allclose(own, np.sort(products)[::-1], rtol=1e-4, atol=1e-5)
-    got = [(searcher.shards[searcher.code[i]], int(searcher.position[i])) for i in range(49)]
-    assert got == places
-    # Another rate is another fingerprint, and so another searcher.
-    other = dataclasses.replace(partition, fingerprint="other")
-    index.build(output, other, checkpoints[:1])
-    with index.loaded(output, other) as searcher:
-        found, _ = searcher.search(queries[:, :8], 5)
-    assert found[0].tolist() == np.argsort(-(matrix[:, :8] @ queries[0, :8]))[:5].tolist()
+    queries = np.random.default_rng(1).normal(size=(4, 16)).astype(np.float32)
+
+    def check(pieces, rows):
+        found = {}
+        for piece in pieces:
+            with index.loaded(join.output, piece) as searcher:
+                hits, scores = searcher.search(queries, 1000)
+                shards = [searcher.shards[code] for code in searcher.code]
+                at = list(zip(shards, searcher.position.tolist(), strict=True))
+            for q in range(4):
+                assert scores[q].tolist() == sorted(scores[q].tolist(), reverse=True)
+                for hit, score in zip(hits[q], scores[q], strict=True):
+                    found[q, at[hit]] = score
+        assert len(found) == 4 * 49
+        for (q, place), score in found.items():
+            expected = queries[q] @ rows[places.index(place)]
+            np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-5)
+
+    check([piece], matrix)
+    small = index.pieces(group, 20)
+    assert len(small) == 3
+    for part in small:
+        index.build(join, part)
+    check(small, matrix)
+    # Another fingerprint is another searcher, and the one before is removed.
+    other = dataclasses.replace(group, fingerprint="other")
+    changed = write_rows(TRAIN, results)
+    (piece,) = index.pieces(other, 100)
+    index.build(join, piece)
+    scaled = [
+        np.hstack([np.sqrt(c.learning_rate) * changed[r.shard.name, c.step] for c in checkpoints])
+        for r in results
+    ]
+    check([piece], np.vstack([np.delete(scaled[0], 3, axis=0), scaled[1]]))
     assert len(list((tmp_path / "index" / "part-00000").glob("scann*"))) == 1
 
 
@@ -179,12 +207,12 @@ class Trained:
             Path(folder, name).write_text(f"training {Trained.count}")
 
 
-def test_a_retry_while_the_first_attempt_still_writes(tmp_path, monkeypatch):
-    output = Output(str(tmp_path))
-    checkpoints = [CheckpointFile("5.h5", 5, None, 0.5, "x")]
+def test_a_retry_while_the_first_attempt_still_writes(tmp_path, monkeypatch, write_rows):
     results = [result("a", 30)]
-    write_embeddings(tmp_path, np.random.default_rng(0), results, checkpoints)
-    (partition,) = index.plan(results, units(results), 100, {})
+    write_rows(TRAIN, results)
+    join = join_of(tmp_path, results, write_rows.checkpoints)
+    (group,) = index.planned_groups(join, results, 100)
+    (piece,) = index.pieces(group, 100)
     monkeypatch.setattr(index, "searcher", lambda matrix: Trained())
     upload, retried = files.upload, []
 
@@ -192,12 +220,12 @@ def test_a_retry_while_the_first_attempt_still_writes(tmp_path, monkeypatch):
         upload(local, path)
         if not retried:
             retried.append(True)
-            index.build(output, partition, checkpoints)
+            index.build(join, piece)
 
     monkeypatch.setattr(files, "upload", interrupted)
-    index.build(output, partition, checkpoints)
-    mark = files.read_json(output.partition(0, "partition.json"))
-    folder = Path(output.partition(0, mark["folder"]))
+    index.build(join, piece)
+    mark = files.read_json(piece.path(join.output, "partition.json"))
+    folder = Path(piece.path(join.output, mark["folder"]))
     assert len({path.read_text() for path in folder.iterdir()}) == 1
     assert sorted(path.name for path in folder.iterdir()) == mark["files"]
 

@@ -1,119 +1,68 @@
-import itertools
-
 import numpy as np
 import pytest
+import tiny as t
+from tiny import Tiny
 
-from tracin_beam.errors import InputError
-from tracin_beam.stages.influence import (
-    OPPONENT,
-    PROPONENT,
-    Scored,
-    TopScored,
-    _chunks,
-    by_train_shard,
-    merge,
-    ranked,
-)
-from tracin_beam.storage.records import RecordWriter
-
-
-def scored(*rows):
-    """From (shard, position, score); by checkpoint it is a third and two thirds of the score."""
-    shard, position, score = (np.array(column) for column in zip(*rows, strict=True))
-    thirds = np.stack([score / 3, 2 * score / 3], axis=1)
-    return Scored(shard.astype(np.int32), position.astype(np.int64), score.astype(float), thirds)
-
-
-def rows_of(value):
-    rows = list(
-        zip(value.shard.tolist(), value.position.tolist(), value.score.tolist(), strict=True)
-    )
-    np.testing.assert_allclose(value.by_checkpoint.sum(axis=1), value.score)
-    return rows
-
-
-def every_way(combiner, inputs):
-    """What a combiner gives for the inputs in every order and split, compacted or not."""
-    for order in itertools.permutations(inputs):
-        for cuts in itertools.product([False, True], repeat=len(order) - 1):
-            groups = [[order[0]]]
-            for value, cut in zip(order[1:], cuts, strict=True):
-                groups.append([value]) if cut else groups[-1].append(value)
-            for compact in (False, True):
-                accumulators = [combiner.create_accumulator()]
-                for group in groups:
-                    accumulator = combiner.create_accumulator()
-                    for value in group:
-                        accumulator = combiner.add_input(accumulator, value)
-                        if compact:
-                            accumulator = combiner.compact(accumulator)
-                    accumulators.append(accumulator)
-                merged = combiner.merge_accumulators(accumulators)
-                yield combiner.extract_output(combiner.compact(merged) if compact else merged)
-
-
-INPUTS = [
-    scored((1, 0, 5.0), (1, 1, -2.0), (1, 2, 0.5)),
-    scored((0, 7, 5.0)),
-    scored((0, 2, 1e-3), (0, 9, -8.0)),
-    scored((2, 4, 9.0), (2, 5, -2.0)),
-]
-
-
-@pytest.mark.parametrize("count", [1, 3, 5, 100])
-@pytest.mark.parametrize("role", [PROPONENT, OPPONENT])
-def test_top_scored_is_the_same_in_whatever_order_it_is_combined(role, count):
-    sign = -1 if role == PROPONENT else 1
-    every = sorted(
-        (row for value in INPUTS for row in rows_of(value)),
-        key=lambda row: (sign * row[2], row[0], row[1]),
-    )
-    ways = 0
-    for got in every_way(TopScored(count, role), INPUTS):
-        assert rows_of(got) == every[:count]
-        ways += 1
-    assert ways == 24 * 8 * 2
-
-
-def test_accumulators_stay_small():
-    combiner = TopScored(2, OPPONENT)
-    accumulator = combiner.create_accumulator()
-    for i in range(50):
-        accumulator = combiner.add_input(accumulator, scored((0, i, float(i)), (1, i, -float(i))))
-        assert sum(len(part.score) for part in accumulator) <= 2
-    assert rows_of(combiner.extract_output(accumulator)) == [(1, 49, -49.0), (1, 48, -48.0)]
-
-
-def test_scores_without_parts_by_checkpoint():
-    empty = Scored(np.zeros(2, np.int32), np.arange(2), np.array([1.0, 2.0]), np.empty((2, 0)))
-    got = merge([empty, empty]).top(1, PROPONENT)
-    assert got.by_checkpoint.shape == (1, 0)
-    assert got.score.tolist() == [2.0]
-
-
-def test_places_by_training_shard():
-    key = ((0, 3), PROPONENT)
-    value = scored((4, 9, 1.0), (2, 6, 3.0), (4, 1, 2.0))
-    places = {
-        shard: (k, positions.tolist()) for shard, (k, positions) in by_train_shard((key, value))
-    }
-    assert places == {2: (key, [6]), 4: (key, [1, 9])}
+from tracin_beam.scoring.topk import Scored
+from tracin_beam.stages import joining, search
+from tracin_beam.stages.influence import ranked
 
 
 def test_ranks_count_from_one():
-    key = ((0, 3), OPPONENT)
-    value = scored((4, 9, -3.0), (2, 6, 1.5))
-    assert list(ranked((key, value))) == [
-        (4, (key, 1, -3.0, [-1.0, -2.0], 9)),
-        (2, (key, 2, 1.5, [0.5, 1.0], 6)),
-    ]
+    def rows(*places):
+        query, shard, position = map(np.array, zip(*places, strict=True))
+        score = np.arange(len(query)) * 1.0
+        return Scored(query, shard, position, score, np.stack([score, -score], axis=1))
+
+    picked = ranked((rows((0, 4, 9), (0, 2, 6), (1, 2, 6)), rows((1, 4, 9))))
+    assert picked.query.tolist() == [0, 0, 1, 1]
+    assert picked.role.tolist() == [0, 0, 0, 1]
+    assert picked.rank.tolist() == [1, 2, 1, 1]
+    assert picked.by_checkpoint.tolist() == [[0, 0], [1, -1], [2, -2], [0, 0]]
 
 
-def test_records_that_are_not_there_any_more_are_missed(tmp_path):
-    path = tmp_path / "cut.tfrecord"
-    with path.open("wb") as handle:
-        RecordWriter(handle).write_all([b"a", b"b", b"c"])
-    ((positions, data),) = _chunks(str(path), np.array([0, 2]))
-    assert (positions.tolist(), data) == ([0, 2], [b"a", b"c"])
-    with pytest.raises(InputError, match=r"cut\.tfrecord changed .* 2 of 4"):
-        list(_chunks(str(path), np.array([0, 2, 3, 4])))
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory, launch):
+    return Tiny(tmp_path_factory.mktemp("influence"), launch).write_all()
+
+
+@pytest.mark.parametrize("way", ["exact", "scann"])
+@pytest.mark.parametrize("index_rows", [50_000, 8, 3])
+def test_every_way_to_the_candidates_gives_the_same_table(problem, monkeypatch, way, index_rows):
+    monkeypatch.setattr(joining, "ALL_PAIRS", 0)
+    monkeypatch.setattr(joining, "_FILE_ROWS", 300)  # less than a test shard's rows
+    name = f"{way}-{index_rows}"
+    assert problem.run("influence", index=way, index_rows=index_rows, test_name=name) == 0
+    t.check_influence(problem, problem.good("train"), problem.good("test"), name)
+    state = problem.run_json()
+    assert state["index"]["index"] == way
+    assert state["method"] == "TracInCP"
+    assert len(list((problem.out / "influence" / name).glob("*.parquet"))) == 8
+    if way == "scann":
+        assert len(list(problem.out.glob("index/part-*/scann-*"))) >= 24 // index_rows
+
+
+def test_nothing_is_searched_where_all_pairs_are_scored(problem, monkeypatch):
+    monkeypatch.setattr(search, "by_index", None)
+    monkeypatch.setattr(search, "by_product", None)
+    for way in ("exact", "scann"):
+        assert problem.run("influence", index=way, test_name="few") == 0
+    t.check_influence(problem, problem.good("train"), problem.good("test"), "few")
+
+
+@pytest.mark.parametrize("way", ["exact", "scann"])
+def test_estimates_are_those_of_the_embeddings(problem, way):
+    flags = {"index": way, "rescore": 0, "top_k": 5, "projection": "none"}
+    out = str(problem.folder / f"estimates-{way}")
+    assert problem.run("influence", output=out, **flags) == 0
+    rows = t.table(f"{out}/influence/test")
+    assert not any(row["exact"] for row in rows)
+    # Without a projection the estimates are the scores.
+    train, test = problem.good("train"), problem.good("test")
+    expected = t.scores(problem, test, train)
+    train_ids, test_ids = [r.id for r in train], [r.id for r in test]
+    assert len(rows) == len(test) * 2 * 5
+    for row in rows:
+        own = expected[test_ids.index(row["test_id"]), train_ids.index(row["train_id"])]
+        np.testing.assert_allclose(row["score_by_checkpoint"], own, rtol=1e-4, atol=1e-6)
+        assert row["score"] == pytest.approx(sum(row["score_by_checkpoint"]))

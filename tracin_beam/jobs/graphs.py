@@ -1,5 +1,7 @@
 """The jobs' Beam graphs, put together from the stages' transforms."""
 
+import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +12,8 @@ import apache_beam as beam
 from tracin_beam.jobs.preflight import Run, write_run
 from tracin_beam.storage import files, runs
 from tracin_beam.storage.runs import TRAIN, ShardResult
+
+_log = logging.getLogger(__name__)
 
 
 def embed_stage(pipeline: beam.Pipeline, run: Run) -> beam.PCollection:
@@ -28,7 +32,7 @@ def _of_set(results: beam.PCollection, name: str, label: str) -> beam.PCollectio
 def embed_graph(pipeline: beam.Pipeline, run: Run) -> None:
     """The graph of `pipelines.embed`."""
     results = embed_stage(pipeline, run)
-    _finish(pipeline, run, results, None, None, "embed")
+    _finish(pipeline, run, results, None, None, "embed", {})
 
 
 def self_influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
@@ -39,23 +43,26 @@ def self_influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
     paths = results | "SelfInfluence" >> SelfInfluence(
         run.output, run.checkpoints, [shard.path for shard in run.train]
     )
-    _finish(pipeline, run, results, paths, None, "self_influence")
+    _finish(pipeline, run, results, paths, None, "self_influence", {})
 
 
 def influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
     """The graph of `pipelines.influence`."""
-    from tracin_beam.stages import index
-    from tracin_beam.stages.evaluate import Quality
-    from tracin_beam.stages.influence import Influence, Sets
+    from tracin_beam.planning import retrieval
+    from tracin_beam.scoring import methods
+    from tracin_beam.stages.influence import Influence
+    from tracin_beam.stages.joining import Join
+    from tracin_beam.stages.retrieval import Retrieval
 
     config = run.config
     results = embed_stage(pipeline, run)
     train = _of_set(results, TRAIN, "TrainResults")
     tests = _of_set(results, config.test_name, "TestResults")
-    partitions = train | "Index" >> index.Index(
-        run.output, run.checkpoints, run.shard_fingerprints, config.index_rows
-    )
-    sets = Sets(
+    engine = run.source.get().engine
+    numbers = engine.dim * len(run.checkpoints)
+    choice = retrieval.choose(config, run.train, run.test, numbers)
+    _log.info("candidates by %s: %s", choice.index, choice.why)
+    join = Join(
         run.output,
         run.train,
         run.test,
@@ -63,16 +70,19 @@ def influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
         config.target,
         run.checkpoints,
         run.source,
+        run.shard_fingerprints,
+        methods.DEFAULT,
+        numbers,
+        engine.batch_size,
     )
-    joined = {"train": train, "tests": tests, "partitions": partitions} | "Join" >> Influence(
-        sets, config.top_k, config.rescore
+    joined = {"train": train, "tests": tests} | "Join" >> Influence(
+        join, choice.index, config.index_rows, config.top_k, config.rescore, config.recall_queries
     )
-    quality = None
+    retrieved = None
     if config.recall_queries:
-        quality = {"train": train, "tests": tests, "best": joined["best"]} | "Quality" >> Quality(
-            sets, config.recall_queries, config.top_k, config.rescore > 0, run.shard_fingerprints
-        )
-    _finish(pipeline, run, results, joined["paths"], quality, "influence")
+        retrieved = joined | "Retrieval" >> Retrieval(join, config.top_k, config.rescore > 0)
+    news = {"index": dataclasses.asdict(choice)}
+    _finish(pipeline, run, results, joined["paths"], retrieved, "influence", news)
 
 
 def influence_fingerprint(run: Run) -> str:
@@ -86,6 +96,7 @@ def influence_fingerprint(run: Run) -> str:
             config.rescore,
             config.index_rows,
             config.recall_queries,
+            config.index,
             config.report_examples,
             config.max_rejected,
             run.source.get().task.label_names,
@@ -98,8 +109,9 @@ def _finish(
     run: Run,
     results: beam.PCollection,
     paths: beam.PCollection | None,
-    quality: beam.PCollection | None,
+    retrieved: beam.PCollection | None,
     stage: str,
+    news: dict[str, Any],
 ) -> None:
     nothing = beam.pvalue.AsList(pipeline | "Nothing" >> beam.Create([]))
     _ = (
@@ -107,10 +119,10 @@ def _finish(
         | "Once" >> beam.Create([None])
         | "Finish"
         >> beam.Map(
-            lambda _, *sides: finish(run, stage, *sides),
+            lambda _, *inputs: finish(run, stage, news, *inputs),
             beam.pvalue.AsList(results),
             beam.pvalue.AsList(paths) if paths else nothing,
-            beam.pvalue.AsList(quality) if quality else nothing,
+            beam.pvalue.AsList(retrieved) if retrieved else nothing,
         )
     )
 
@@ -118,9 +130,10 @@ def _finish(
 def finish(
     run: Run,
     stage: str,
+    news: dict[str, Any],
     results: Sequence[ShardResult],
     paths: Sequence[str],
-    quality: Sequence[dict[str, Any]],
+    retrieved: Sequence[dict[str, Any]],
 ) -> None:
     """Writes run.json and the report, and removes tables that an earlier run left."""
     earlier = runs.read_run(run.output)
@@ -138,9 +151,9 @@ def finish(
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started)),
         "seconds": round(time.time() - run.started, 1),
     }
-    news: dict[str, Any] = {"counts": counts, "timings": timings}
+    news = {**news, "counts": counts, "timings": timings}
     if stage == "influence":
-        news["quality"] = quality[0] if quality else None
+        news["retrieval"] = retrieved[0] if retrieved else None
     write_run(run, earlier, news)
     if paths:
         folder = os.path.dirname(paths[0])
@@ -153,7 +166,12 @@ def finish(
         write_influence_report(run.output, name, run.source.get(), runs.read_run(run.output), count)
         done = run.output.done("influence", name)
         files.write_json(
-            done, {"fingerprint": influence_fingerprint(run), "quality": news["quality"]}
+            done,
+            {
+                "fingerprint": influence_fingerprint(run),
+                "retrieval": news["retrieval"],
+                "tables": sorted(os.path.basename(path) for path in paths),
+            },
         )
 
 
@@ -164,9 +182,8 @@ def is_done(run: Run) -> bool:
     earlier = runs.read_run(run.output)
     if done.get("fingerprint") != influence_fingerprint(run) or "counts" not in earlier:
         return False
-    write_run(run, earlier, {"quality": done["quality"]})
-    names = [runs.numbered("influence", i, len(run.test)) for i in range(len(run.test))]
-    every = [run.output.influence(run.config.test_name, n) for n in names]
+    write_run(run, earlier, {"retrieval": done["retrieval"]})
+    every = [run.output.influence(run.config.test_name, n) for n in done["tables"]]
     return all(files.exists(path) for path in [*every, run.output.report(run.config.test_name)])
 
 

@@ -75,24 +75,29 @@ def make(config: Config) -> Planned:
     """
     found = preflight.look(config, with_test=bool(config.test))
 
-    from tracin_beam.planning import pilot, plan
+    from tracin_beam.planning import counts, pilot, plan, retrieval, speed
+    from tracin_beam.planning.sample import id_bytes
 
     run = found.run
-    counts = pilot.count(config, run.train, run.test)
-    speed = pilot.measure(run.source, run.checkpoints[-1], run.train)
+    counted = counts.count(config, run.train, run.test)
+    measured = speed.measure(run.source, run.checkpoints[-1], run.train)
     choice = found.choice
     if choice is None and config.projection != "none":
         choice = pilot.choose_dim(
-            run.config, run.source, run.checkpoints, run.train, run.test, counts
+            run.config, run.source, run.checkpoints, run.train, run.test, counted
         )
     todo = _todo(found)
-    train = _data(run.train, counts.train, len(run.checkpoints), todo)
-    test = _data(run.test, counts.test, len(run.checkpoints), todo) if run.test else None
+    train = _data(run.train, counted.train, len(run.checkpoints), todo)
+    test = _data(run.test, counted.test, len(run.checkpoints), todo) if run.test else None
     dim = run.source.get().engine.dim
     stored = sum(
-        pilot.embedding_bytes(dim, shards, count, pilot.id_bytes(run.source, shards))
-        for shards, count in ((run.train, counts.train), (run.test, counts.test))
+        plan.embedding_bytes(dim, shards, count, id_bytes(run.source, shards))
+        for shards, count in ((run.train, counted.train), (run.test, counted.test))
     )
+    way = None
+    if test:
+        numbers = dim * len(run.checkpoints)
+        way = retrieval.of_counts(config, train.total, test.total, numbers)
     job = plan.Job(
         len(run.checkpoints),
         dim,
@@ -100,12 +105,19 @@ def make(config: Config) -> Planned:
         config.rescore,
         config.recall_queries,
         config.index_rows,
+        way,
         config.hours,
         config.worker_memory,
     )
     sets = {runs.TRAIN: train} | ({config.test_name: test} if test else {})
+    made = plan.make(train, test, stored, measured, job)
     return Planned(
-        dim, len(run.checkpoints), sets, speed, plan.make(train, test, stored, speed, job), choice
+        dim,
+        len(run.checkpoints),
+        sets,
+        measured,
+        made,
+        choice,
     )
 
 
@@ -173,6 +185,8 @@ def as_text(planned: Planned, config: Config) -> str:
     ]
     if plan.parts:
         lines.append(f"index: {size(plan.index_bytes)} in {plan.parts} part(s)")
+    if plan.index:
+        lines.append(f"candidates: by {plan.index.index}; {plan.index.why}")
     if planned.choice:
         lines += ["", *planned.choice.lines()]
     lines += [

@@ -20,6 +20,7 @@ from tracin_beam.errors import InputError, reason
 from tracin_beam.inputs.checkpoints import read_checkpoints
 from tracin_beam.inputs.task import Task, load_task
 from tracin_beam.planning import dims
+from tracin_beam.scoring import methods
 from tracin_beam.storage import files, runs
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, Unit
 
@@ -208,11 +209,11 @@ def _chosen(
     test: Sequence[Shard],
 ) -> tuple[Any, Any]:
     """The dim that a pilot sample finds good, and the engine with it."""
-    from tracin_beam.planning import pilot
+    from tracin_beam.planning import counts, pilot
     from tracin_beam.stages import workers
 
-    counts = pilot.count(config, train, test)
-    choice = pilot.choose_dim(config, source, checkpoints, train, test, counts)
+    counted = counts.count(config, train, test)
+    choice = pilot.choose_dim(config, source, checkpoints, train, test, counted)
     loaded = source.get()
     engine_config = dataclasses.replace(source.config, dim=choice.dim)
     source = dataclasses.replace(source, config=engine_config)
@@ -383,7 +384,7 @@ def _try(
 def write_run(run: Run, earlier: dict[str, Any], news: dict[str, Any]) -> None:
     """Writes run.json: what an earlier run left in it, what this one is, and its news."""
     described = {
-        "method": "TracInCP",
+        "method": methods.DEFAULT,
         "config": run.config.recorded(),
         "versions": _versions(),
         "fingerprint": run.fingerprint,

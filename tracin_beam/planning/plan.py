@@ -1,18 +1,20 @@
 """What a run will take, as arithmetic over counts, sizes and measured speeds.
 
-Speeds are those of one worker like the machine that measured them. What ScaNN takes was measured
-once, on two cores (benchmarks/dim_auto.py tells how), and is an order of magnitude elsewhere.
+Speeds are those of one worker like the machine that measured them. What a search takes was measured
+once, on two cores (see `scoring.cost`), and is an order of magnitude elsewhere.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
-from tracin_beam.stages import index, influence
+from tracin_beam.inputs import counting
+from tracin_beam.scoring import cost, sketch
+from tracin_beam.stages import index, joining, rescore, search
+from tracin_beam.stages.joining import Census, Group
+from tracin_beam.storage import embeddings, runs
+from tracin_beam.storage.runs import Shard, ShardResult
 
-# ScaNN, by float of the indexed rows: seconds to build a tree, and to search for one query.
-_BUILD_SECONDS = 4e-7
-_SEARCH_SECONDS = 2e-11
 # Bytes held while an index is built, as multiples of its rows': copies, and ScaNN's own.
 _BUILD_COPIES, _BRUTE_FORCE_COPIES = 5.1, 3.0
 # Of a tree's index, by float of its rows: themselves and half a byte quantised.
@@ -72,6 +74,7 @@ class Job:
       checkpoints: how many.
       dim: length of an embedding.
       top_k, rescore, recall_queries, index_rows: the flags.
+      choice: how candidates are found; None without a test set.
       hours: wanted wall time.
       worker_memory: bytes.
     """
@@ -82,47 +85,86 @@ class Job:
     rescore: int
     recall_queries: int
     index_rows: int
+    choice: cost.Choice | None
     hours: float
     worker_memory: int
 
 
-def parts_of_index(records: Sequence[int], index_rows: int) -> list[int]:
-    """Rows of each part of the index, which holds whole shards (see `index.plan`)."""
-    parts = [0]
-    for count in records:
-        if parts[-1] and parts[-1] + count > index_rows:
-            parts.append(0)
-        parts[-1] += count
-    return [rows for rows in parts if rows]
+def embedding_bytes(
+    dim: int, shards: Sequence[Shard], count: counting.Count, identity: float | None
+) -> int:
+    """Bytes of a set's embedding files at one checkpoint.
+
+    Args:
+      dim: length of an embedding.
+      shards: of the set.
+      count: of their records.
+      identity: mean length of an id, or None where ids are made of shards' names and positions.
+    """
+    total = 0.0
+    for shard, number in zip(shards, count.records, strict=True):
+        # Most positions have as many digits.
+        length = len(f"{shard.name}#{number // 2}") if identity is None else identity
+        whole = int(length)
+        total += number * (embeddings.record_bytes(dim, whole) + length - whole)
+    return round(total)
 
 
-def part_bytes(rows: int, width: int) -> int:
-    """Bytes of a part of the index, in files and in a worker that searches it.
+def groups(records: Sequence[int], index_rows: int) -> list[Group]:
+    """The groups that shards with so many records will be in."""
+    shards = [Shard(f"{i:09d}", "", "") for i in range(len(records))]
+    results = [
+        ShardResult(runs.TRAIN, shard, count, ())
+        for shard, count in zip(shards, records, strict=True)
+    ]
+    return index.plan(results, {shard.path: "" for shard in shards}, index_rows, {})
+
+
+def pieces(records: Sequence[int], index_rows: int) -> list[int]:
+    """Rows of what is indexed together."""
+    every = [piece for g in groups(records, index_rows) for piece in index.pieces(g, index_rows)]
+    return [piece.stop - piece.start for piece in every]
+
+
+def piece_bytes(rows: int, numbers: int) -> int:
+    """Bytes of a piece of the index, in files and in a worker that searches it.
 
     Args:
       rows: how many.
-      width: numbers in a row, dim × checkpoints.
+      numbers: in an embedding, over all checkpoints; of which a sketch is indexed.
     """
-    if rows < index._BRUTE_FORCE_ROWS:
+    width = min(numbers, sketch.DIM)
+    if rows < index.BRUTE_FORCE_ROWS:
         return rows * (4 * width + _ROW_BYTES)
     leaves = round(math.sqrt(rows))
     return int(rows * (_TREE_BYTES * width + 4 + _ROW_BYTES) + 8 * leaves * width)
 
 
-def index_bytes(records: Sequence[int], width: int, index_rows: int) -> int:
-    """Bytes of the whole index."""
-    return sum(part_bytes(rows, width) for rows in parts_of_index(records, index_rows))
+def index_bytes(
+    way: cost.Index | None, records: Sequence[int], numbers: int, index_rows: int
+) -> int:
+    """Bytes of the whole index, which the exact product does without."""
+    if way != "scann":
+        return 0
+    return sum(piece_bytes(rows, numbers) for rows in pieces(records, index_rows))
 
 
-def build_memory(rows: int, width: int) -> int:
-    """Bytes that a worker holds while it builds a part of the index."""
-    copies = _BRUTE_FORCE_COPIES if rows < index._BRUTE_FORCE_ROWS else _BUILD_COPIES
-    return int(copies * 4 * rows * width)
+def build_memory(rows: int, numbers: int) -> int:
+    """Bytes that a worker holds while it builds a piece of the index."""
+    copies = _BRUTE_FORCE_COPIES if rows < index.BRUTE_FORCE_ROWS else _BUILD_COPIES
+    return int(copies * 4 * rows * min(numbers, sketch.DIM))
 
 
-def fitting_rows(memory: int, width: int) -> int:
-    """The most rows of a part of the index that this memory is enough for; two digits of it."""
-    rows = int(memory / (_BUILD_COPIES * 4 * width))
+def product_memory(tests: int, numbers: int) -> int:
+    """Bytes that a worker holds while it takes the products of queries with a block of rows."""
+    queries = min(tests, search.queries_at_a_time(numbers))
+    block = joining.BLOCK_ROWS
+    return 4 * (2 * queries * numbers + 3 * block * numbers + 3 * queries * block)
+
+
+def fitting_rows(memory: int, numbers: int) -> int:
+    """The most rows of a piece of the index that this memory is enough for; two digits of it."""
+    rows = int(memory / (_BUILD_COPIES * 4 * min(numbers, sketch.DIM)))
     if rows < 1:
         return 0
     digit = 10 ** max(0, len(str(rows)) - 2)
@@ -134,28 +176,29 @@ def rescore_memory(tests: int, job: Job, speed: Speed) -> int:
     if not (tests and job.rescore):
         return 0
     blocks = math.ceil(tests / speed.batch_size) * job.checkpoints
-    kept = min(influence._QUERY_CACHE_BYTES, blocks * speed.query_bytes)
-    return max(kept, speed.query_bytes) + influence._CHUNK_BYTES
+    kept = min(rescore.QUERY_CACHE_BYTES, blocks * speed.query_bytes)
+    return max(kept, speed.query_bytes) + rescore.CHUNK_BYTES
 
 
 def rescored(train: Sequence[int], tests: int, job: Job, batch_size: int) -> float:
     """Examples whose gradients are computed anew, all checkpoints together, to score candidates.
 
-    Queries go through a shard in blocks of a batch, each with the union of its candidates, in
-    whole batches.
+    Queries go through a group of shards in blocks of a batch, each with the union of its
+    candidates, in whole batches.
     """
     if not (tests and job.rescore):
         return 0.0
-    if sum(train) * tests <= influence._ALL_PAIRS:
-        per_block = sum(_padded(count, batch_size) for count in train)
+    rows = [group.rows for group in groups(train, job.index_rows)]
+    total = sum(rows)
+    if Census.all_pairs_of(total, tests):
+        per_block = float(sum(_padded(count, batch_size) for count in rows))
     else:
-        in_block = min(tests, batch_size) * 2 * min(job.rescore, sum(train))
+        in_block = min(tests, batch_size) * 2 * min(job.rescore, total)
         per_block = 0.0
-        for count in train:
-            if count:
-                asked = in_block * count / sum(train)
-                distinct = count * -math.expm1(-asked / count)
-                per_block += min(1.0, distinct) * _padded(max(1.0, distinct), batch_size)
+        for count in rows:
+            asked = in_block * count / total
+            distinct = count * -math.expm1(-asked / count)
+            per_block += min(1.0, distinct) * _padded(max(1.0, distinct), batch_size)
     return job.checkpoints * math.ceil(tests / batch_size) * per_block
 
 
@@ -165,7 +208,8 @@ def checked(train: Sequence[int], tests: int, job: Job, batch_size: int) -> floa
     They share blocks, most often one.
     """
     blocks = math.ceil(min(job.recall_queries, tests) / batch_size)
-    return job.checkpoints * blocks * float(sum(_padded(count, batch_size) for count in train))
+    rows = [group.rows for group in groups(train, job.index_rows)]
+    return job.checkpoints * blocks * float(sum(_padded(count, batch_size) for count in rows))
 
 
 def _padded(count: float, batch_size: int) -> float:
@@ -178,12 +222,13 @@ class Plan:
 
     Attributes:
       embedding_bytes: of all embedding files of both sets, those that are there already included.
-      index_bytes: of the index; 0 without a test set, as the ones below.
+      index_bytes: of the index; 0 where there is none.
       seconds: of one worker, by stage.
       workers: suggested number.
       memory: bytes of a worker, the most that any stage takes.
       index_rows: suggested `--index_rows`.
-      parts: of the index, with the `--index_rows` that were asked for.
+      parts: of the index, with the `--index_rows` that were asked for; 0 where there is none.
+      index: how candidates are found, and why; None without a test set.
       advice: sentences.
     """
 
@@ -194,6 +239,7 @@ class Plan:
     memory: int
     index_rows: int
     parts: int
+    index: cost.Choice | None
     advice: tuple[str, ...]
 
     @property
@@ -212,36 +258,45 @@ def make(train: Data, test: Data | None, stored: int, speed: Speed, job: Job) ->
     """
     sets = [data for data in (train, test) if data]
     tests = test.total if test else 0
-    width = job.dim * job.checkpoints
+    numbers = job.dim * job.checkpoints
     seconds = {"embed": sum(data.todo for data in sets) / speed.embed_rows}
-    parts = parts_of_index(train.records, job.index_rows) if test else []
+    built = job.choice is not None and job.choice.index == "scann"
+    parts = pieces(train.records, job.index_rows) if built else []
     memory = speed.memory
-    if test:
-        trees = sum(rows for rows in parts if rows >= index._BRUTE_FORCE_ROWS)
-        seconds["index"] = _BUILD_SECONDS * trees * width
-        seconds["search"] = _SEARCH_SECONDS * train.total * width * tests * 2
+    if job.choice:
+        # Of this run alone; the choice is for those to come as well.
+        if built:
+            candidates = job.rescore or job.top_k
+            seconds["index and search"] = cost.scann_seconds(
+                train.total, numbers, tests, candidates
+            )
+            held = build_memory(max(parts, default=0), numbers)
+        else:
+            seconds["search"] = cost.exact_seconds(train.total, numbers, tests)
+            held = product_memory(tests, numbers)
         scored = rescored(train.records, tests, job, speed.batch_size)
         seconds["rescore"] = scored / speed.score_rows
         seen = checked(train.records, tests, job, speed.batch_size)
         seconds["recall"] = seen / speed.score_rows
-        memory += max(build_memory(max(parts, default=0), width), rescore_memory(tests, job, speed))
+        memory += max(held, rescore_memory(tests, job, speed))
     units = sum(data.units_todo for data in sets)
     wanted = max(1, math.ceil(sum(seconds.values()) / (3600 * job.hours)))
     workers = max(1, min(wanted, max(units, len(parts))))
-    fits = fitting_rows(job.worker_memory - speed.memory, width)
-    even = max(index._BRUTE_FORCE_ROWS, math.ceil(train.total / workers))
+    fits = fitting_rows(job.worker_memory - speed.memory, numbers)
+    even = max(index.BRUTE_FORCE_ROWS, math.ceil(train.total / workers))
     advice = [
         *_about_shards(train, speed, job, units, wanted),
-        *_about_memory(memory, job, fits, max(train.records, default=0), bool(test)),
+        *_about_memory(memory, job, fits, built),
     ]
     return Plan(
         job.checkpoints * stored,
-        sum(part_bytes(rows, width) for rows in parts),
+        sum(piece_bytes(rows, numbers) for rows in parts),
         seconds,
         workers,
         memory,
         max(1, min(fits, even, train.total)),
         len(parts),
+        job.choice,
         tuple(advice),
     )
 
@@ -271,17 +326,12 @@ def _about_shards(train: Data, speed: Speed, job: Job, units: int, wanted: int) 
     return said
 
 
-def _about_memory(memory: int, job: Job, fits: int, largest: int, indexed: bool) -> list[str]:
+def _about_memory(memory: int, job: Job, fits: int, built: bool) -> list[str]:
     if memory <= job.worker_memory:
         return []
     said = f"A worker needs {size(memory)}, more than --worker_memory={size(job.worker_memory)}: "
-    if not indexed or not fits:
+    if not built or not fits:
         return [said + "give it more, or lower --batch_size."]
-    if largest > fits:
-        return [
-            said + f"a part of the index holds whole shards, so that none should have more than "
-            f"{fits:,} examples, with --index_rows={fits}."
-        ]
     return [said + f"take --index_rows={fits}."]
 
 

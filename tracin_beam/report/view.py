@@ -115,7 +115,7 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("Checkpoints", checkpoints))
     if projection := _projection(_dict(run, "config")):
         facts.append(("Projection", projection))
-    return facts + _quality(_dict(run, "quality"))
+    return facts + _retrieval(_dict(run, "retrieval"))
 
 
 def number(value: float, *, sign: bool = False) -> str:
@@ -247,13 +247,13 @@ def _projection(config: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _quality(quality: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _retrieval(retrieval: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = []
-    k, queries = quality.get("k"), quality.get("queries")
+    k, queries = retrieval.get("k"), retrieval.get("queries")
     at = f"Recall@{k}" if k is not None else "Recall"
     over = f", over {queries:,} sampled test examples" if queries is not None else ""
     for role in ("proponents", "opponents"):
-        recall, alone = (_dict(quality, role).get(key) for key in ("recall", "recall_projection"))
+        recall, alone = (_dict(retrieval, role).get(key) for key in ("recall", "recall_projection"))
         parts = []
         if recall is not None:
             parts.append(f"{recall:.3f}")
@@ -261,7 +261,7 @@ def _quality(quality: Mapping[str, Any]) -> list[tuple[str, str]]:
             parts.append(f"{alone:.3f} by projection alone")
         if parts:
             facts.append((f"{at}, {role}", ", ".join(parts) + over))
-    correlation = _dict(quality, "correlation")
+    correlation = _dict(retrieval, "correlation")
     parts = [
         f"{name.capitalize()} {correlation[name]:.3f}"
         for name in ("pearson", "spearman")

@@ -1,5 +1,5 @@
 """Scores of training examples for test examples.
 
-TracInCP and what follows from it, from gradients or from embeddings.
+The score written once, top-k, recall, the cost of a search: from gradients or from embeddings.
 May import gradients and what lies below it; no Beam.
 """

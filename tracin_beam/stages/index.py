@@ -1,9 +1,8 @@
-"""Embedding files → ScaNN searchers, a partition of the training set each.
+"""Embedding files → ScaNN searchers, a part of the training set each.
 
-A row of the index is an example's embeddings at all checkpoints, √η_c e_c, one after the other.
-The inner product of two rows estimates TracInCP (Pruthi et al. 2020, equation 5 with section 3's
-checkpoints), so that proponents are the rows of greatest inner product with a query q, and
-opponents those with −q.
+A row of the index is an example's embeddings at all checkpoints, one after the other as
+`Score.rows` has them, sketched once more. The inner product of two rows estimates the score, so
+that proponents are the rows of greatest inner product with a query q, and opponents those with −q.
 """
 
 import contextlib
@@ -19,40 +18,19 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
+from tracin_beam.scoring import sketch
+from tracin_beam.stages.joining import Group, Join
 from tracin_beam.storage import embeddings, files, runs, tables
-from tracin_beam.storage.embeddings import Embeddings
-from tracin_beam.storage.runs import CheckpointFile, Output, ShardResult
+from tracin_beam.storage.runs import Output, ShardResult
 
 _log = logging.getLogger(__name__)
 
 # ScaNN's own advice: below this number of rows nothing is faster than looking at all of them.
-_BRUTE_FORCE_ROWS = 20_000
+BRUTE_FORCE_ROWS = 20_000
 _PLAN = "plan.json"
 _MARK = "partition.json"
 _ROWS = "rows.parquet"
 _SCANN = "scann"
-
-
-@dataclasses.dataclass(frozen=True)
-class Partition:
-    """Some shards whose rows are searched together.
-
-    Attributes:
-      number: of its folder.
-      shards: in the order of their rows.
-      fingerprint: of all that is in it.
-    """
-
-    number: int
-    shards: tuple[ShardResult, ...]
-    fingerprint: str
-
-
-def rows_of(parts: Sequence[Embeddings], checkpoints: Sequence[CheckpointFile]) -> np.ndarray:
-    """√η_c e_c concatenated over the checkpoints: float32 [n, len(checkpoints)·dim]."""
-    scales = [math.sqrt(checkpoint.learning_rate) for checkpoint in checkpoints]
-    scaled = [part.embedding * np.float32(s) for part, s in zip(parts, scales, strict=True)]
-    return np.concatenate(scaled, axis=1)
 
 
 def plan(
@@ -60,17 +38,16 @@ def plan(
     units: Mapping[str, str],
     index_rows: int,
     known: Mapping[str, int],
-) -> list[Partition]:
-    """Divides shards into partitions of about index_rows rows.
+) -> list[Group]:
+    """Divides shards into groups of about index_rows rows.
 
-    A shard that was in the index stays in its partition, so that a new day's shards change the
-    last partition only.
+    A shard that was in a group stays in it, so that a new day's shards change the last group only.
 
     Args:
       results: of all training shards.
       units: fingerprint of each shard's embeddings and their scale, by its path.
-      index_rows: rows that a partition may have; a single shard may exceed it.
-      known: partition number of the shards that are in the index already, by path.
+      index_rows: rows that a group may have; a single shard may exceed it.
+      known: group's number of the shards that are in one already, by path.
     """
     members: dict[int, list[ShardResult]] = {}
     fresh = []
@@ -90,39 +67,94 @@ def plan(
             last = max(members) + 1
             held = members.setdefault(last, [])
         held.append(result)
-    partitions = []
+    groups = []
     for number, held in sorted(members.items()):
         held.sort(key=lambda r: r.shard.path)
         content = [[r.shard.path, units[r.shard.path], r.excluded] for r in held]
-        partitions.append(Partition(number, tuple(held), runs.digest(content)))
-    return partitions
+        groups.append(Group(number, tuple(held), runs.digest(content)))
+    return groups
 
 
 def _rows(results: Sequence[ShardResult]) -> int:
     return sum(result.used for result in results)
 
 
-def known_partitions(output: Output) -> dict[str, int]:
-    """Partition number by path of the shards that are planned to be in the index."""
+def known_groups(output: Output) -> dict[str, int]:
+    """Number of the group by path of the shards that are in one."""
     path = output.path("index", _PLAN)
     return files.read_json(path) if files.exists(path) else {}
 
 
-def build(output: Output, partition: Partition, checkpoints: Sequence[CheckpointFile]) -> Partition:
-    """Writes a partition's searcher and the places of its rows, unless they are there."""
-    mark = output.partition(partition.number, _MARK)
-    earlier = files.read_json(mark) if files.exists(mark) else {}
-    if earlier.get("fingerprint") == partition.fingerprint:
-        return partition
-    matrices, shards, positions = [], [], []
-    for result in partition.shards:
-        paths = [output.embeddings(runs.TRAIN, c.step, result.shard) for c in checkpoints]
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What of a group is indexed together: all of it, or some of its rows if it has too many.
+
+    Attributes:
+      group: the shards.
+      number, of: which piece of how many.
+      start, stop: the rows, counted over the group's shards.
+    """
+
+    group: Group
+    number: int
+    of: int
+    start: int
+    stop: int
+
+    @property
+    def fingerprint(self) -> str:
+        return runs.digest([self.group.fingerprint, self.start, self.stop, sketch.DIM])
+
+    def path(self, output: Output, *names: str) -> str:
+        suffix = f".{self.number}" if self.of > 1 else ""
+        return output.path("index", f"part-{self.group.number:05d}{suffix}", *names)
+
+
+def pieces(group: Group, index_rows: int) -> list[Piece]:
+    """A group's pieces of at most index_rows rows, as even as can be."""
+    count = max(1, -(-group.rows // index_rows))
+    cuts = [group.rows * i // count for i in range(count + 1)]
+    return [Piece(group, i, count, cuts[i], cuts[i + 1]) for i in range(count)]
+
+
+def piece_rows(join: Join, piece: Piece) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """A piece's sketched rows: number of the shard, positions, float32 [n, ≤ sketch.DIM]."""
+    first = 0
+    for result in piece.group.shards:
+        start, stop = max(0, piece.start - first), min(result.used, piece.stop - first)
+        first += result.used
+        if start >= stop:
+            continue
+        number = join.train_number[result.shard.path]
+        paths = join.files(runs.TRAIN, result.shard)
+        seen = 0
         for parts in embeddings.read_checkpoints(paths, result.excluded):
-            matrices.append(rows_of(parts, checkpoints))
-            positions.append(parts[0].position)
-            shards += [result.shard.path] * len(parts[0])
-    matrix = np.concatenate(matrices)
-    matrices.clear()
+            some = slice(max(0, start - seen), max(0, stop - seen))
+            seen += len(parts[0])
+            position = parts[0].position[some]
+            if len(position):
+                rows = join.score.rows([part.embedding[some] for part in parts])
+                yield number, position, sketch.sketch(rows)
+            if seen >= stop:
+                break
+
+
+def build(join: Join, piece: Piece) -> Piece:
+    """Writes a piece's searcher and the places of its rows, unless they are there."""
+    output = join.output
+    mark = piece.path(output, _MARK)
+    earlier = files.read_json(mark) if files.exists(mark) else {}
+    if earlier.get("fingerprint") == piece.fingerprint:
+        return piece
+    matrix = np.empty((0, 0), np.float32)
+    shards, positions, filled = [], [], 0
+    for number, position, rows in piece_rows(join, piece):
+        if not filled:
+            matrix = np.empty((piece.stop - piece.start, rows.shape[1]), np.float32)
+        matrix[filled : filled + len(rows)] = rows
+        filled += len(rows)
+        positions.append(position)
+        shards.append(np.full(len(rows), number, np.int32))
     files.remove([mark])
     with tempfile.TemporaryDirectory() as folder:
         searcher(matrix).serialize(folder, relative_path=True)
@@ -131,28 +163,27 @@ def build(output: Output, partition: Partition, checkpoints: Sequence[Checkpoint
         content = [files.checksum(os.path.join(folder, name)) for name in names]
         trained = f"{_SCANN}-{runs.digest(content)}"
         for name in names:
-            files.upload(
-                os.path.join(folder, name), output.partition(partition.number, trained, name)
-            )
-    rows = {"shard": pa.array(shards).dictionary_encode(), "position": np.concatenate(positions)}
-    tables.write(
-        output.partition(partition.number, _ROWS),
-        pa.table(rows).cast(tables.INDEX_ROWS),
-    )
+            files.upload(os.path.join(folder, name), piece.path(output, trained, name))
+    paths = pa.array([shard.path for shard in join.train])
+    places = {
+        "shard": pa.DictionaryArray.from_arrays(np.concatenate(shards), paths),
+        "position": np.concatenate(positions),
+    }
+    tables.write(piece.path(output, _ROWS), pa.table(places).cast(tables.INDEX_ROWS))
     files.write_json(
         mark,
         {
-            "number": partition.number,
-            "fingerprint": partition.fingerprint,
+            "number": piece.group.number,
+            "fingerprint": piece.fingerprint,
             "rows": len(matrix),
             "folder": trained,
             "files": names,
         },
     )
     if earlier.get("folder", trained) != trained:
-        _remove(output.partition(partition.number, earlier["folder"]), earlier["files"])
-    _log.info("indexed partition %d: %d rows", partition.number, len(matrix))
-    return partition
+        _remove(piece.path(output, earlier["folder"]), earlier["files"])
+    _log.info("indexed part %d: %d rows", piece.group.number, len(matrix))
+    return piece
 
 
 def _remove(folder: str, names: Sequence[str]) -> None:
@@ -168,7 +199,7 @@ def searcher(matrix: np.ndarray) -> Any:
 
     rows = len(matrix)
     builder = scann_ops_pybind.builder(matrix, 1, "dot_product")
-    if rows < _BRUTE_FORCE_ROWS:
+    if rows < BRUTE_FORCE_ROWS:
         return builder.score_brute_force().build()
     leaves = round(math.sqrt(rows))
     return (
@@ -215,22 +246,21 @@ class Searcher:
 
 
 @contextlib.contextmanager
-def loaded(output: Output, partition: Partition) -> Iterator[Searcher]:
-    """Loads a partition from any file system."""
+def loaded(output: Output, piece: Piece) -> Iterator[Searcher]:
+    """Loads a piece's searcher from any file system."""
     from scann.scann_ops.py import scann_ops_pybind
 
-    number = partition.number
-    rows = tables.read(output.partition(number, _ROWS))
+    rows = tables.read(piece.path(output, _ROWS))
     shard = rows.column("shard").combine_chunks()
-    mark = files.read_json(output.partition(number, _MARK))
+    mark = files.read_json(piece.path(output, _MARK))
     trained = mark["folder"]
     with contextlib.ExitStack() as stack:
         if files.is_local(output.root):
-            folder = output.partition(number, trained)
+            folder = piece.path(output, trained)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             for name in mark["files"]:
-                files.download(output.partition(number, trained, name), os.path.join(folder, name))
+                files.download(piece.path(output, trained, name), os.path.join(folder, name))
         yield Searcher(
             shard.dictionary.to_pylist(),
             shard.indices.to_numpy(),
@@ -239,50 +269,28 @@ def loaded(output: Output, partition: Partition) -> Iterator[Searcher]:
         )
 
 
-class BuildPartition(beam.DoFn):
-    """Partition → Partition, when it is on disk."""
+class BuildPiece(beam.DoFn):
+    """Piece → Piece, when it is on disk."""
 
-    def __init__(self, output: Output, checkpoints: Sequence[CheckpointFile]) -> None:
-        self._output = output
-        self._checkpoints = list(checkpoints)
+    def __init__(self, join: Join) -> None:
+        self._join = join
 
-    def process(self, partition: Partition) -> Iterator[Partition]:
-        yield build(self._output, partition, self._checkpoints)
+    def process(self, piece: Piece) -> Iterator[Piece]:
+        yield build(self._join, piece)
 
 
-@dataclasses.dataclass
-class Index(beam.PTransform):
-    """Training ShardResults → Partitions, each when it is on disk.
-
-    Attributes:
-      output: the output directory.
-      checkpoints: in training order.
-      units: fingerprint of each shard's embeddings and their scale, by its path.
-      index_rows: rows that a partition may have.
-    """
-
-    output: Output
-    checkpoints: Sequence[CheckpointFile]
-    units: Mapping[str, str]
-    index_rows: int
-
-    def expand(self, results: beam.PCollection) -> beam.PCollection:
-        return (
-            results.pipeline
-            | "Once" >> beam.Create([None])
-            | "Plan" >> beam.FlatMap(self._plan, beam.pvalue.AsList(results))
-            | "SpreadPlan" >> beam.Reshuffle()
-            | "Build" >> beam.ParDo(BuildPartition(self.output, self.checkpoints))
-        )
-
-    def _plan(self, _: None, results: Sequence[ShardResult]) -> list[Partition]:
-        known = known_partitions(self.output)
-        partitions = plan(results, self.units, self.index_rows, known)
-        kept = {partition.number for partition in partitions}
-        # A partition that has lost its last shard must not be taken for a living one.
-        files.remove(self.output.partition(number, _MARK) for number in set(known.values()) - kept)
-        # Written before anything is built, so that a run that is killed goes on with the same plan.
-        numbers = {r.shard.path: part.number for part in partitions for r in part.shards}
-        if numbers != known:
-            files.write_json(self.output.path("index", _PLAN), numbers)
-        return partitions
+def planned_groups(join: Join, results: Sequence[ShardResult], index_rows: int) -> list[Group]:
+    """Plans the groups, and keeps the plan for later runs."""
+    output = join.output
+    known = known_groups(output)
+    groups = plan(results, join.units, index_rows, known)
+    kept = {group.number for group in groups}
+    # A part that has lost its last shard must not be taken for a living one.
+    files.remove(
+        output.path("index", f"part-{number:05d}", _MARK) for number in set(known.values()) - kept
+    )
+    # Written before anything is built, so that a run that is killed goes on with the same plan.
+    numbers = {r.shard.path: group.number for group in groups for r in group.shards}
+    if numbers != known:
+        files.write_json(output.path("index", _PLAN), numbers)
+    return groups

@@ -3,11 +3,12 @@
     run.json                                    configuration, versions, fingerprint, counts, …
     embeddings/<set>/<step>/<shard>.tfrecord    with <shard>.tfrecord.json, written after it: its
                                                 fingerprint, counts and rejected records
-    index/plan.json                             number of each shard's partition
-    index/part-00000/                           ScaNN searcher, rows.parquet, partition.json
+    index/plan.json                             number of each shard's group
+    index/part-00000/                           of a group, if there is an index: ScaNN searcher,
+                                                rows.parquet, partition.json
     influence/<test name>/                      influence-*.parquet
     reports/<test name>.html
-    evaluation/<test name>/<shard>.parquet      exact scores of the queries that recall is of
+    evaluation/<test name>/group-*.parquet      exact scores of the queries that recall is of
     self_influence/                             self_influence-*.parquet
     rejected/<set>=<shard>.jsonl
     _state/influence/<test name>.json           what says that the tables are whole
@@ -146,9 +147,6 @@ class Output:
     def rejected(self, set_name: str, shard: Shard) -> str:
         return self.path("rejected", f"{set_name}={shard.name}.jsonl")
 
-    def partition(self, number: int, *parts: str) -> str:
-        return self.path("index", f"part-{number:05d}", *parts)
-
     def influence(self, test_name: str, *parts: str) -> str:
         return self.path("influence", test_name, *parts)
 
@@ -159,8 +157,8 @@ class Output:
         """The mark of a job's results: of ("influence", test name), for example."""
         return self.path("_state", *job) + ".json"
 
-    def evaluation(self, test_name: str, shard: Shard) -> str:
-        return self.path("evaluation", test_name, shard.name + ".parquet")
+    def evaluation(self, test_name: str, group: int) -> str:
+        return self.path("evaluation", test_name, f"group-{group:05d}.parquet")
 
     def self_influence(self, *parts: str) -> str:
         return self.path("self_influence", *parts)

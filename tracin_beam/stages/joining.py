@@ -1,0 +1,260 @@
+"""What the steps of a join share: what is joined, and what is known of it once it is embedded."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from tracin_beam.scoring import methods
+from tracin_beam.scoring.methods import Score
+from tracin_beam.stages.workers import EngineSource
+from tracin_beam.storage import embeddings, runs
+from tracin_beam.storage.embeddings import Embeddings
+from tracin_beam.storage.runs import CheckpointFile, Output, Shard, ShardResult
+
+# Up to so many pairs of a training and a test example, all are scored exactly: that costs little
+# more than the candidates would, which are then most of the training set.
+ALL_PAIRS = 2_000_000
+# Training examples that are read at a time.
+BLOCK_ROWS = 4096
+# Rows of the influence table in one file, at most: they are in memory together when it is made.
+_FILE_ROWS = 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """What is joined; small, and the same for all workers.
+
+    Attributes:
+      output: the output directory.
+      train, test: the shards, in order; their numbers are their places here.
+      test_name, target: of the test set.
+      checkpoints: in training order.
+      source: the engine.
+      units: fingerprint of every shard's embeddings and their scale, by path.
+      method: name of the score.
+      numbers: in an embedding, over all checkpoints.
+      block: queries that are computed together, with consecutive numbers.
+    """
+
+    output: Output
+    train: tuple[Shard, ...]
+    test: tuple[Shard, ...]
+    test_name: str
+    target: str
+    checkpoints: tuple[CheckpointFile, ...]
+    source: EngineSource
+    units: Mapping[str, str]
+    method: str
+    numbers: int
+    block: int
+
+    def files(self, set_name: str, shard: Shard) -> list[str]:
+        """A shard's embedding files, by checkpoint."""
+        return [self.output.embeddings(set_name, c.step, shard) for c in self.checkpoints]
+
+    @functools.cached_property
+    def score(self) -> Score:
+        return methods.make(self.method, [c.learning_rate for c in self.checkpoints])
+
+    @functools.cached_property
+    def train_number(self) -> dict[str, int]:
+        """A training shard's number, by its path."""
+        return {shard.path: number for number, shard in enumerate(self.train)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Some training shards that one worker goes through at a time.
+
+    Attributes:
+      number: of its files; that of a group of the same shards is the same in later runs.
+      shards: in the order of their paths.
+      fingerprint: of all that is in them.
+    """
+
+    number: int
+    shards: tuple[ShardResult, ...]
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        return sum(result.used for result in self.shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableFile:
+    """A file of the influence table: some queries of one test shard.
+
+    Attributes:
+      shard: number of the test shard.
+      start, stop: numbers of the queries.
+    """
+
+    shard: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """What is known of both sets once they are embedded; counted once for all steps.
+
+    The test examples that can be used are numbered in the order of shards and positions: these
+    numbers are the queries.
+
+    Attributes:
+      groups: of the training shards, those without usable examples left out.
+      tests: all test shards, in order.
+      train_rows: usable training examples.
+      sample: int64 [n], queries for which the retrieval is judged, in rising order.
+    """
+
+    groups: tuple[Group, ...]
+    tests: tuple[ShardResult, ...]
+    train_rows: int
+    sample: np.ndarray
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [test shards + 1], the number of each shard's first query, and of all."""
+        return np.cumsum([0] + [result.used for result in self.tests])
+
+    @property
+    def queries(self) -> int:
+        return int(self.starts[-1])
+
+    @staticmethod
+    def all_pairs_of(train_rows: int, queries: int) -> bool:
+        """Whether there are so few pairs that all are scored exactly."""
+        return train_rows * queries <= ALL_PAIRS
+
+    @property
+    def all_pairs(self) -> bool:
+        return self.all_pairs_of(self.train_rows, self.queries)
+
+    @functools.cached_property
+    def _positions(self) -> list[np.ndarray]:
+        return [usable(result) for result in self.tests]
+
+    def places(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Test shards' numbers and positions of queries: int64 [n] each."""
+        shard = np.searchsorted(self.starts, queries, side="right") - 1
+        position = np.empty(len(queries), np.int64)
+        for number in np.unique(shard):
+            mine = shard == number
+            position[mine] = self._positions[number][queries[mine] - self.starts[number]]
+        return shard, position
+
+    def group_of(self, train: Sequence[Shard]) -> np.ndarray:
+        """int64 [training shards], the place of each one's group in `groups`; −1 for none."""
+        place = {r.shard.path: i for i, group in enumerate(self.groups) for r in group.shards}
+        return np.array([place.get(shard.path, -1) for shard in train])
+
+    def files(self, top_k: int) -> list[TableFile]:
+        """The files of the influence table: one for each test shard, of large ones several."""
+        queries = max(1, _FILE_ROWS // (2 * top_k))
+        found = []
+        for number, (first, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            cuts = [*range(int(first), int(end), queries)] or [int(first)]
+            stops = [*cuts[1:], int(end)]
+            found += [TableFile(number, a, b) for a, b in zip(cuts, stops, strict=True)]
+        return found
+
+
+def usable(result: ShardResult) -> np.ndarray:
+    """The positions of a shard's usable examples: int64 [n], rising."""
+    return np.setdiff1d(np.arange(result.read), np.asarray(result.excluded, np.int64))
+
+
+def sample_queries(tests: Sequence[ShardResult], starts: np.ndarray, count: int) -> np.ndarray:
+    """Up to count queries, always the same for the same test set: int64 [n], rising.
+
+    They are those whose places have the smallest hashes, so that a new shard changes few.
+    """
+    smallest: list[tuple[bytes, int]] = []
+    for first, result in zip(starts, tests, strict=False):
+        hashed = []
+        for i, position in enumerate(usable(result).tolist()):
+            name = f"{result.shard.name}#{position}".encode()
+            hashed.append((hashlib.blake2b(name, digest_size=8).digest(), int(first) + i))
+        smallest = sorted([*smallest, *hashed])[:count]
+    return np.array(sorted(number for _, number in smallest), np.int64)
+
+
+def take_census(
+    join: Join,
+    groups: Sequence[Group],
+    train: Sequence[ShardResult],
+    tests: Sequence[ShardResult],
+    recall_queries: int,
+) -> Census:
+    """Counts both sets."""
+    number = {shard.path: i for i, shard in enumerate(join.test)}
+    ordered = tuple(sorted(tests, key=lambda result: number[result.shard.path]))
+    counted = Census(tuple(groups), ordered, sum(r.used for r in train), np.empty(0, np.int64))
+    sample = sample_queries(ordered, counted.starts, recall_queries)
+    return dataclasses.replace(counted, sample=sample)
+
+
+def read_queries(
+    join: Join, census: Census, size: int
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """All queries' embeddings, at most so many at a time.
+
+    Yields:
+      The queries, int64 [n], and their embeddings by checkpoint, float32 [n, D] each.
+    """
+    waiting: list[list[np.ndarray]] = []
+    first = held = 0
+    for result in census.tests:
+        if not result.used:
+            continue
+        paths = join.files(join.test_name, result.shard)
+        for parts in embeddings.read_checkpoints(paths, result.excluded):
+            rows = [part.embedding for part in parts]
+            while len(rows[0]):
+                room = size - held
+                waiting.append([part[:room] for part in rows])
+                held += len(waiting[-1][0])
+                rows = [part[room:] for part in rows]
+                if held == size:
+                    yield np.arange(first, first + held), _joined(waiting)
+                    first, held, waiting = first + held, 0, []
+    if held:
+        yield np.arange(first, first + held), _joined(waiting)
+
+
+def _joined(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def queries_at(join: Join, census: Census, queries: np.ndarray) -> list[np.ndarray]:
+    """The embeddings of some queries, by checkpoint, float32 [n, D] each, in their order."""
+    shard, position = census.places(queries)
+    parts: list[list[np.ndarray]] = []
+    for number in np.unique(shard):
+        paths = join.files(join.test_name, census.tests[number].shard)
+        mine = position[shard == number]
+        found = [embeddings.read_at(path, mine) for path in paths]
+        parts.append([part.embedding[np.searchsorted(part.position, mine)] for part in found])
+    return _joined(parts)
+
+
+def by_block(queries: np.ndarray, size: int) -> Iterator[tuple[int, slice]]:
+    """The runs of rising queries that belong to one block, by the block's number."""
+    blocks = queries // size
+    for block in np.unique(blocks):
+        start, stop = np.searchsorted(blocks, [block, block + 1])
+        yield int(block), slice(int(start), int(stop))
+
+
+def train_rows(join: Join, group: Group) -> Iterator[tuple[int, list[Embeddings]]]:
+    """A group's training examples: number of the shard, and embeddings at every checkpoint."""
+    for result in group.shards:
+        number = join.train_number[result.shard.path]
+        paths = join.files(runs.TRAIN, result.shard)
+        for parts in embeddings.read_checkpoints(paths, result.excluded):
+            yield number, parts

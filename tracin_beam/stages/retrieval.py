@@ -1,0 +1,184 @@
+"""How good is the retrieval? Exact scores of all training examples for a sample of queries.
+
+What is looked at of each group of training shards, its best by exact and by estimated score and
+an even sample, is kept in `evaluation/<test name>/`, so that only changed groups cost a pass.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+
+from tracin_beam.scoring import recall, topk
+from tracin_beam.scoring.topk import ROLES, Judged, Scored
+from tracin_beam.stages import joining
+from tracin_beam.stages.joining import Census, Group, Join
+from tracin_beam.stages.rescore import ExactScores, places_of
+from tracin_beam.stages.search import BothScored
+from tracin_beam.storage import files, runs, tables
+
+# Pairs of (estimate, exact) kept for each query, for the correlation; of each group a few at least.
+_PAIRS = 20_000
+_FEWEST_PAIRS = 500
+# Ends kept of each query at least, so that a smaller --top_k costs nothing.
+_KEPT_ENDS = 100
+
+_KEPT = pa.schema(
+    [
+        ("query", pa.int64()),
+        ("shard", pa.dictionary(pa.int32(), pa.string())),
+        ("position", pa.int64()),
+        ("exact", pa.float64()),
+        ("estimate", pa.float64()),
+        ("sampled", pa.bool_()),
+    ]
+)
+
+
+def judge(join: Join, census: Census, exact: ExactScores, group: Group, count: int) -> Judged:
+    """Exact and estimated scores of a group's examples for the sampled queries.
+
+    Returns:
+      What `recall.keep` keeps of them with this count; `query` counts the sampled queries.
+    """
+    queries = census.sample
+    numbers = np.arange(len(queries))
+    places = places_of(join, group)
+    column = {int(shard): places[:, 0] == shard for shard in np.unique(places[:, 0])}
+    # In float64, as a score may be a small difference of large terms.
+    vectors = [v.astype(np.float64) for v in joining.queries_at(join, census, queries)]
+    weighted = join.score.queries(vectors)
+    estimates = np.empty((len(queries), len(places)))
+    done = dict.fromkeys(column, 0)
+    for shard, parts in joining.train_rows(join, group):
+        first = int(np.flatnonzero(column[shard])[0]) + done[shard]
+        done[shard] += len(parts[0])
+        embedded = [part.embedding.astype(np.float64) for part in parts]
+        found = join.score.estimates(weighted, embedded)
+        estimates[:, first : first + found.shape[1]] = found
+    scores = np.full(estimates.shape, np.nan)
+    for some in np.array_split(numbers, -(-len(numbers) // join.block)):
+        wanted = [(queries[some], places[:, 0], places[:, 1])]
+        for _, products in exact.products(wanted):
+            rows = np.searchsorted(queries, products.queries)
+            at = np.searchsorted(_keys(*places.T), _keys(products.shard, products.position))
+            scores[np.ix_(rows, at)] = products.by_checkpoint.sum(axis=2)
+    share = max(_FEWEST_PAIRS, _PAIRS * len(places) // max(1, census.train_rows))
+    step = -(-len(places) // share)
+    known = np.isfinite(scores)
+    query, row = np.nonzero(known)
+    every = Judged(
+        query,
+        places[row, 0].astype(np.int32),
+        places[row, 1],
+        scores[known],
+        estimates[known],
+        row % step == 0,
+    )
+    return recall.keep(every, count)
+
+
+def _keys(shard: np.ndarray, position: np.ndarray) -> np.ndarray:
+    return shard.astype(np.int64) << 40 | position
+
+
+def kept_or_judged(
+    join: Join, census: Census, exact: ExactScores, group: Group, top_k: int
+) -> Judged:
+    """What is kept of a group, if it is of the same shards, queries and k; else it is made."""
+    count = max(_KEPT_ENDS, top_k)
+    path = join.output.evaluation(join.test_name, group.number)
+    shards, positions = census.places(census.sample)
+    places = [
+        [join.units[join.test[shard].path], int(position)]
+        for shard, position in zip(shards, positions, strict=True)
+    ]
+    mark = runs.digest([group.fingerprint, places, join.method])
+    if files.exists(path):
+        kept = tables.read(path)
+        metadata = kept.schema.metadata or {}
+        if metadata.get(b"mark") == mark.encode() and int(metadata[b"count"]) >= top_k:
+            return _judged(kept, join)
+    judged = judge(join, census, exact, group, count)
+    paths = np.array([shard.path for shard in join.train])
+    columns = {**judged._asdict(), "shard": pa.array(paths[judged.shard]).dictionary_encode()}
+    table = pa.table(columns).cast(_KEPT)
+    tables.write(path, table.replace_schema_metadata({"mark": mark, "count": str(count)}))
+    return judged
+
+
+def _judged(table: pa.Table, join: Join) -> Judged:
+    shard = table["shard"].combine_chunks()
+    number = np.array([join.train_number[p] for p in shard.dictionary.to_pylist()], np.int32)
+    columns = {name: table[name].to_numpy() for name in Judged._fields if name != "shard"}
+    return Judged(shard=number[shard.indices.to_numpy()], **columns)
+
+
+class Judge(beam.DoFn):
+    """Group → Judged, of the sampled queries."""
+
+    def __init__(self, join: Join, top_k: int) -> None:
+        self._join = join
+        self._top_k = top_k
+        self._exact: ExactScores | None = None
+
+    def process(self, group: Group, census: Census) -> Iterator[Judged]:
+        if not len(census.sample):
+            return
+        if self._exact is None:
+            self._exact = ExactScores(self._join, census)
+        yield kept_or_judged(self._join, census, self._exact, group, self._top_k)
+
+
+def _of_sample(pair: tuple[int, BothScored], census: Census) -> Iterator[dict[str, Scored]]:
+    """The table's rows of sampled queries, which are counted as in `Judged`."""
+    _, both = pair
+    found = {}
+    for role, rows in zip(ROLES, both, strict=True):
+        mine = topk.take(rows, np.isin(rows.query, census.sample))
+        found[role] = mine._replace(query=np.searchsorted(census.sample, mine.query))
+    if any(len(rows.query) for rows in found.values()):
+        yield found
+
+
+def _summarised(
+    _: None, judged: Sequence[Judged], found: Sequence[dict[str, Scored]], top_k: int, exact: bool
+) -> Iterator[dict[str, Any]]:
+    if judged and found:
+        table = {role: topk.merge([part[role] for part in found]) for role in ROLES}
+        yield recall.retrieval(topk.merge(judged), table, top_k, exact)
+
+
+@dataclasses.dataclass
+class Retrieval(beam.PTransform):
+    """The "groups", the "census" and the "best" of a join → one "retrieval" dict.
+
+    Attributes:
+      join: what was joined.
+      top_k: rows per query and role.
+      exact: whether the scores of "best" are exact.
+    """
+
+    join: Join
+    top_k: int
+    exact: bool
+
+    def expand(self, inputs: Mapping[str, beam.PCollection]) -> beam.PCollection:
+        census = beam.pvalue.AsSingleton(inputs["census"])
+        judged = inputs["groups"] | "Judge" >> beam.ParDo(Judge(self.join, self.top_k), census)
+        found = inputs["best"] | "OfSample" >> beam.FlatMap(_of_sample, census)
+        return (
+            inputs["best"].pipeline
+            | "Once" >> beam.Create([None])
+            | "Summarise"
+            >> beam.FlatMap(
+                _summarised,
+                beam.pvalue.AsList(judged),
+                beam.pvalue.AsList(found),
+                self.top_k,
+                self.exact,
+            )
+        )
