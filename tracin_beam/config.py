@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -328,7 +329,30 @@ def check(config: Config, needs: Sequence[str] = ()) -> None:
             "raise it, or turn rescoring off with 0."
         )
     name = config.test_name
-    if name in ("train", "", ".", "..") or any(c in name for c in "=/\\*?[]"):
-        raise InputError(f"--test_name={name}: take a plain name, other than 'train'.")
-    if any(c in config.output for c in "*?[]"):
+    if name in ("train", "", ".", "..") or any(c in name for c in "=/\\*?[]") or len(name) > 100:
+        raise InputError(f"--test_name={name}: take a plain short name, other than 'train'.")
+    for path in ("task", "checkpoints", "output", "test_name"):
+        check_name(f"--{path}", getattr(config, path))
+    if "://" in config.output and any(c in config.output for c in "*?[]"):
+        # Remote file systems take the paths they list and delete for patterns.
         raise InputError(f"--output={config.output}: take a path without any of * ? [ ].")
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuses names of files that cannot be written down in a line of text.
+
+    Args:
+      what: what has the name, for the message.
+      name: the name, or a path or pattern.
+
+    Raises:
+      InputError: there are control characters in it, or bytes that are not UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {name!r} has a name that is not UTF-8: rename it.") from None
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
+        raise InputError(
+            f"{what} {name!r} has a line break or another control character in its name: rename it."
+        )

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs.shards import Parser, write_shards
-from tracin_beam.storage import files
+from tracin_beam.storage import patterns
 from tracin_beam.storage.records import read_records
 
 N = 25
@@ -21,7 +21,9 @@ LABELS = RNG.integers(0, 10, N)
 
 def read_all(parser, pattern):
     """Parses all shards in one batch, in a graph and as the repr of the parser would."""
-    records = [record.data for info in files.match(pattern) for record in read_records(info.path)]
+    records = [
+        record.data for info in patterns.match(pattern) for record in read_records(info.path)
+    ]
     pasted = eval(repr(parser), {"Parser": Parser})
     assert pasted == parser == pickle.loads(pickle.dumps(parser))
 
@@ -60,7 +62,7 @@ def test_a_tuple_of_arrays(pattern):
 
 def test_shards_are_contiguous_and_near_equal(pattern):
     write_shards((IMAGES, LABELS), pattern, shards=4)
-    infos = files.match(pattern)
+    infos = patterns.match(pattern)
     assert [info.path.rsplit("/", 1)[1] for info in infos] == [
         f"train-0000{i}-of-00004.tfrecord" for i in range(4)
     ]
@@ -71,12 +73,12 @@ def test_shards_are_contiguous_and_near_equal(pattern):
 
 def test_ten_thousand_examples_to_a_shard_by_default(pattern):
     write_shards({"features": np.zeros((20_001, 1), np.int8)}, pattern)
-    assert len(files.match(pattern)) == 3
+    assert len(patterns.match(pattern)) == 3
 
 
 def test_gzip_and_tensorflow_read_the_same(pattern):
     parser = write_shards((IMAGES, LABELS), pattern, compression="gzip")
-    [info] = files.match(pattern)
+    [info] = patterns.match(pattern)
     dataset = tf.data.TFRecordDataset(info.path, "GZIP").batch(10).map(parser)
     assert np.concatenate([batch["label"] for batch in dataset]).tolist() == LABELS.tolist()
     assert_same(read_all(parser, pattern), {"features": IMAGES, "label": LABELS})
@@ -261,7 +263,7 @@ def test_examples_of_another_shape_are_named(pattern):
     with pytest.raises(InputError, match=r"Example 2 .* features has the shape \(2,\)"):
         write_shards(dataset, pattern, shards=1)
     with pytest.raises(InputError, match="No file matches"):
-        files.match(pattern)
+        patterns.match(pattern)
 
 
 def test_a_dataset_that_changes_between_readings(pattern):
@@ -283,12 +285,12 @@ def test_old_shards_of_another_number_are_not_mixed_in(pattern):
     write_shards((IMAGES, LABELS), pattern, shards=4)
     with pytest.raises(InputError, match="00000-of-00004"):
         write_shards((IMAGES, LABELS), pattern, shards=3)
-    assert len(files.match(pattern)) == 4
+    assert len(patterns.match(pattern)) == 4
 
 
 def test_a_record_that_does_not_fit_fails_to_parse(pattern):
     write_shards({"features": np.zeros((2, 3))}, pattern)
-    [info] = files.match(pattern)
+    [info] = patterns.match(pattern)
     records = [record.data for record in read_records(info.path)]
     for parser in (
         Parser(features=((4,), "float64")),

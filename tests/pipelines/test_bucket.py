@@ -15,7 +15,7 @@ from tiny import rows
 
 import tracin_beam
 from tracin_beam.errors import InputError
-from tracin_beam.storage import files
+from tracin_beam.storage import files, patterns
 
 # Beam's client tries again for minutes where nothing answers.
 pytestmark = pytest.mark.timeout(300)
@@ -303,11 +303,11 @@ def test_names_in_a_bucket(bucket):  # noqa: F811
         bucket.blob(f"names/{name}").upload_from_string(name)
 
     def found(pattern):
-        return [info.path.removeprefix(f"{ROOT}/names/") for info in files.match(pattern)]
+        return [info.path.removeprefix(f"{ROOT}/names/") for info in patterns.match(pattern)]
 
     assert found(f"{ROOT}/names/a/*") == ["a/1.x", "a/2.x"]
     assert found(f"{ROOT}/names/a/**") == ["a/1.x", "a/2.x", "a/sub/3.x"]
     assert found(f"{ROOT}/names/*/*.x,{ROOT}/names/a/1.x") == ["a/1.x", "a/2.x", "ab/4.x"]
     with pytest.raises(InputError, match="No file matches 'gs://tracin-test/names/a'"):
-        files.match(f"{ROOT}/names/a")
-    assert files.match(f"gs://{NAME}/names/ab/4.x")[0].size == 6
+        patterns.match(f"{ROOT}/names/a")
+    assert patterns.match(f"gs://{NAME}/names/ab/4.x")[0].size == 6

@@ -21,62 +21,16 @@ def put(folder, *names):
             handle.write(name.encode())
 
 
-def names(folder, pattern):
-    return [info.path.removeprefix(folder + "/") for info in files.match(pattern)]
-
-
-def test_match_is_sorted_without_repeats_and_knows_sizes(folder):
-    put(folder, "b.x", "a-10.x", "a-2.x", "sub/c.x", "other")
-    everything = f"{folder}/*.x"
-    assert names(folder, everything) == ["a-10.x", "a-2.x", "b.x"]
-    assert names(folder, f"{folder}/b.x, {everything},{folder}/sub/*") == [
-        "a-10.x",
-        "a-2.x",
-        "b.x",
-        "sub/c.x",
-    ]
-    assert names(folder, f"{folder}/**.x") == ["a-10.x", "a-2.x", "b.x", "sub/c.x"]
-    assert files.match(f"{folder}/a-10.x") == [files.FileInfo(f"{folder}/a-10.x", len("a-10.x"))]
-
-
-def test_match_relative_to_the_current_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    put(".", "b.x", "a.x", "sub/c.x")
-    assert [info.path for info in files.match("*.x,sub/*.x")] == ["a.x", "b.x", "sub/c.x"]
-    assert [info.path for info in files.match("./*.x")] == ["./a.x", "./b.x"]
-
-
-def test_match_takes_a_name_with_brackets_as_it_is(tmp_path):
-    put(str(tmp_path), "run[1].x")
-    assert len(files.match(f"{tmp_path}/run[1].x")) == 1
-
-
-def test_match_skips_hidden_files_unless_asked(folder):
-    put(folder, ".hidden.x", "seen.x")
-    assert names(folder, f"{folder}/*") == ["seen.x"]
-    assert names(folder, f"{folder}/.*.x") == [".hidden.x"]
-
-
-@pytest.mark.parametrize("pattern", ["{}/no-*.x", "{}/here.x,{}/absent.x", "{}/no/where/*", " , "])
-def test_match_names_the_pattern_that_matches_nothing(folder, pattern):
-    put(folder, "here.x")
-    missing = pattern.format(folder, folder).split(",")[-1].strip()
-    with pytest.raises(InputError) as raised:
-        files.match(pattern.format(folder, folder))
-    assert missing in str(raised.value)
-
-
-def test_match_never_returns_a_directory(tmp_path):
-    put(str(tmp_path), "shards.x/inner.y")
-    with pytest.raises(InputError, match="is a folder"):
-        files.match(str(tmp_path / "shards.x"))
-    with pytest.raises(InputError, match="No file matches"):
-        files.match(str(tmp_path / "*.x"))
-
-
-def test_match_on_an_unknown_file_system():
-    with pytest.raises(InputError, match="nowhere://"):
-        files.match("nowhere://bucket/*")
+def test_list_folder_is_no_pattern(folder, tmp_path):
+    put(folder, "b.x", ".a.tmp", "sub/c.x")
+    assert [i.path for i in files.list_folder(folder)] == [f"{folder}/.a.tmp", f"{folder}/b.x"]
+    assert files.list_folder(folder, deep=True)[-1] == files.FileInfo(f"{folder}/sub/c.x", 7)
+    assert files.list_folder(f"{folder}/none") == []
+    for name in ("run[1]", "a*", "a,b", "{a,b}", "it's 50%25 #1=?", "-x", "~", "ünïcode"):
+        odd = files.join(str(tmp_path), name)
+        put(odd, "file", "in/file")
+        assert [i.path for i in files.list_folder(odd)] == [f"{odd}/file"]
+        assert len(files.list_folder(odd, deep=True)) == 2
 
 
 def test_checksum_is_of_the_content(tmp_path):
@@ -166,8 +120,17 @@ def test_join(folder):
         files.join("nowhere://x", "a")
 
 
+def test_names_as_long_as_they_may_be(folder):
+    name = "ü" * 127
+    put(folder, name)
+    assert files.exists(f"{folder}/{name}")
+
+
 def test_full_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.full("~/a") == "/home/me/a"
+    assert files.full("./~/a") == str(tmp_path / "~" / "a")
     assert files.full("data/a") == str(tmp_path / "data" / "a")
     assert files.full("/data/a") == "/data/a"
     assert files.full("gs://bucket/a") == "gs://bucket/a"

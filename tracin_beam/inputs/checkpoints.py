@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from tracin_beam.errors import InputError
-from tracin_beam.storage import files
+from tracin_beam.storage import files, patterns
 
 if TYPE_CHECKING:
     import h5py
@@ -154,7 +154,7 @@ def _checked_rate(rate: Any, where: str) -> float:
 
 
 def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> list[Checkpoint]:
-    paths = [info.path for info in files.match(spec)]
+    paths = [info.path for info in patterns.match(spec)]
     for path in paths:
         check_suffix(path)
     steps: dict[str, int | None] = {path: _iterations(path) for path in paths}

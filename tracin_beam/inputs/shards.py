@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
+from tracin_beam.config import check_name
 from tracin_beam.errors import InputError
 from tracin_beam.storage import files
 from tracin_beam.storage.records import RecordWriter
@@ -130,11 +131,16 @@ def write_shards(
             be stored, `pattern` has not exactly one `*`, or it matches shards of another number
             that would mix with the new ones.
     """
-    if pattern.count("*") != 1 or "," in pattern:
+    pattern = files.home(pattern)
+    folder, _, name = pattern.rpartition("/")
+    # In a remote folder's name, and in a file's, they would have a meaning when it is read.
+    special = name.replace("*", "", 1) + ("" if files.is_local(pattern) else folder)
+    if "*" not in name or any(character in special for character in ",*?[]{}"):
         raise InputError(
-            f"The pattern {pattern!r} must have exactly one '*', for the shard's number, and no "
-            "comma: write something like 'data/train-*.tfrecord'"
+            f"The pattern {pattern!r} must have exactly one '*', in the name of the "
+            "files, and none of , ? [ ] { }: write something like 'data/train-*.tfrecord'"
         )
+    check_name("the pattern", pattern)
     if compression not in (None, "gzip"):
         raise InputError(f"The compression must be None or 'gzip', not {compression!r}")
     if label_column is not None and not _is_frame(data):
@@ -320,12 +326,10 @@ def _dtype_name(array: np.ndarray, key: str) -> str:
 
 
 def _refuse_other_shards(pattern: str, paths: Iterable[str]) -> None:
-    try:
-        matched = files.match(pattern)
-    except InputError:  # nothing there yet
-        return
-    shard = re.compile(re.escape(pattern).replace(r"\*", r"\d{5}-of-\d{5}"))
-    others = {info.path for info in matched if shard.fullmatch(info.path)} - set(paths)
+    folder, slash, name = pattern.rpartition("/")
+    shard = re.compile(re.escape(name).replace(r"\*", r"\d{5}-of-\d{5}"))
+    there = (info.path.rpartition("/")[2] for info in files.list_folder(folder + slash or "."))
+    others = {folder + slash + name for name in there if shard.fullmatch(name)} - set(paths)
     if others:
         raise InputError(
             f"{min(others)} is there already, and the pattern {pattern!r} would match it together "

@@ -15,7 +15,7 @@ from apache_beam.options.pipeline_options import (
 
 from tracin_beam.config import Config
 from tracin_beam.errors import InputError
-from tracin_beam.storage import files
+from tracin_beam.storage import files, patterns
 
 MACHINE_TYPE = "n1-standard-4"
 _CONTAINERS = ("use_multiple_sdk_containers", "no_use_multiple_sdk_containers")
@@ -73,10 +73,10 @@ def check(config: Config, options: PipelineOptions) -> None:
             "'.[gcp]' in a checkout."
         )
     for name in ("checkpoints", "train", "test", "output"):
-        for path in (getattr(config, name) or "").split(","):
-            if path.strip() and files.is_local(path.strip()):
+        for path in patterns.split(getattr(config, name) or ""):
+            if files.is_local(path):
                 raise InputError(
-                    f"--{name}={path.strip()} is on this machine, where Dataflow's workers cannot "
+                    f"--{name}={path} is on this machine, where Dataflow's workers cannot "
                     "reach it: copy it to a bucket and give its gs:// path."
                 )
     setup, worker = options.view_as(SetupOptions), options.view_as(WorkerOptions)

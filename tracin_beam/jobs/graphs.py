@@ -157,7 +157,9 @@ def finish(
     write_run(run, earlier, news)
     if paths:
         folder = os.path.dirname(paths[0])
-        stale = {info.path for info in files.match(files.join(folder, "*.parquet"))} - set(paths)
+        stale = {i.path for i in files.list_folder(folder) if i.path.endswith(".parquet")} - set(
+            paths
+        )
         files.remove(sorted(stale))
     if stage == "influence":
         from tracin_beam.report.write import write_influence_report

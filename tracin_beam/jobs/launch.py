@@ -108,7 +108,7 @@ def _summary(stage: str, run: Run) -> str:
     state = runs.read_run(run.output)
     if stage == "influence":
         name = run.config.test_name
-        rows = tables.read(run.output.influence(name, "influence-*.parquet"))
+        rows = tables.read_folder(run.output.influence(name))
         names = run.source.get().task.label_names
         summary = text.influence_summary(rows, state, label_names=names)
         return (

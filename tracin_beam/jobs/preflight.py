@@ -130,7 +130,7 @@ def look(config: Config, *, with_test: bool) -> Found:
     output = Output(files.full(config.output) if config.output else "")
     checkpoints = tuple(
         CheckpointFile(files.full(c.path), c.step, c.epoch, c.learning_rate, files.checksum(c.path))
-        for c in read_checkpoints(config.checkpoints, config.learning_rate)
+        for c in read_checkpoints(files.home(config.checkpoints), config.learning_rate)
     )
     earlier = runs.read_run(output) if config.output else {}
     sets = earlier.get("sets", {})
@@ -238,7 +238,7 @@ def _try_out(
     test: Sequence[Shard],
 ) -> tuple[Any, dict[str, str], bool]:
     """Loads everything once and runs some records through it."""
-    task, task_source = load_task(config.task)
+    task, task_source = load_task(files.home(config.task))
 
     from tracin_beam.gradients import projections
     from tracin_beam.gradients.engine import EngineConfig, Parser

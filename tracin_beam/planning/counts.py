@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tracin_beam.config import Config
 from tracin_beam.inputs import counting
-from tracin_beam.storage import files
+from tracin_beam.storage import files, patterns
 from tracin_beam.storage.runs import Shard
 
 
@@ -23,7 +23,7 @@ def count(config: Config, train: Sequence[Shard], test: Sequence[Shard]) -> Coun
     def of(pattern: str | None, shards: Sequence[Shard]) -> counting.Count:
         if not shards:
             return counting.Count((), True)
-        matched = {files.full(info.path): info for info in files.match(pattern or "")}
+        matched = {files.full(info.path): info for info in patterns.match(pattern or "")}
         return counting.count([matched[shard.path] for shard in shards])
 
     return Counts(of(config.train, train), of(config.test, test))

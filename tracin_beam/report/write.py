@@ -26,7 +26,7 @@ def write_influence_report(
       state: run.json.
       max_tests: test examples to show.
     """
-    rows = tables.read(output.influence(test_name, "influence-*.parquet"))
+    rows = tables.read_folder(output.influence(test_name))
     names = loaded.task.label_names
     places = places_shown(rows, label_names=names, max_tests=max_tests)
     page = influence_page(

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -38,9 +37,14 @@ def absolute(path: str) -> str:
     return os.path.realpath(path) if is_local(path) else path
 
 
+def home(path: str) -> str:
+    """A local path with the home directory for a `~` at its beginning."""
+    return os.path.expanduser(path) if is_local(path) else path
+
+
 def full(path: str) -> str:
-    """A local path from the root on, as workers have other current directories."""
-    return os.path.abspath(path) if is_local(path) else path
+    """A local path from the root on, as workers have other current directories and homes."""
+    return os.path.abspath(home(path)) if is_local(path) else path
 
 
 def join(base: str, *parts: str) -> str:
@@ -76,48 +80,46 @@ def exists(path: str) -> bool:
         return FileSystems.exists(path)
 
 
-def match(pattern: str) -> list[FileInfo]:
-    """Finds the files that a pattern, or a comma separated list of patterns and paths, names.
+def list_folder(folder: str, *, deep: bool = False) -> list[FileInfo]:
+    """The files in a folder of ours, whatever its name, hidden ones too; none if there is none.
 
-    `*`, `?` and `[...]` stay within a folder, `**` does not. Directories never match, and hidden
-    files (unfinished ones are) only when the pattern's own base name starts with a dot.
+    Args:
+        folder: its path, which is no pattern.
+        deep: whether the files in folders within are listed too.
 
     Returns:
-        The files, each once, sorted by path.
-
-    Raises:
-        InputError: a pattern matches nothing, or its file system is unknown.
+        The files, sorted by path.
     """
-    patterns = [part.strip() for part in pattern.split(",") if part.strip()]
-    if not patterns:
-        raise InputError(f"No file is named by the pattern {pattern!r}: give a path or a glob")
-    found: dict[str, FileInfo] = {}
-    for info in itertools.chain.from_iterable(map(_match_one, patterns)):
-        found.setdefault(absolute(info.path), info)
-    return sorted(found.values(), key=lambda info: info.path)
+    if is_local(folder):
+        found = [
+            FileInfo(entry.path, entry.stat().st_size)
+            for entry in _scan(folder, deep)
+            if entry.is_file()
+        ]
+    else:
+        # The characters of globs are refused in the names of remote folders of ours.
+        with _os_errors(folder):
+            try:
+                matched = FileSystems.match([join(folder, "**" if deep else "*")])
+            except BeamIOError:
+                if exists(folder):
+                    raise
+                return []
+        found = [FileInfo(m.path, m.size_in_bytes) for m in matched[0].metadata_list]
+        found = [info for info in found if not info.path.endswith("/")]
+    return sorted(found, key=lambda info: info.path)
 
 
-def _match_one(pattern: str) -> list[FileInfo]:
-    # Beam lists the folder before the first wildcard, and does not take "" for the current one.
-    bare = is_local(pattern) and not os.path.dirname(pattern)
+def _scan(folder: str, deep: bool) -> Iterator[os.DirEntry[str]]:
     try:
-        if is_local(pattern) and os.path.isfile(pattern):  # a name may itself hold brackets
-            return [FileInfo(pattern, os.path.getsize(pattern))]
-        metadata = FileSystems.match([f"./{pattern}" if bare else pattern])[0].metadata_list
-    except (BeamIOError, ValueError) as error:
-        raise InputError(f"Cannot look for files matching {pattern!r}: {error}") from error
-    hidden = _base_name(pattern).startswith(".")
-    infos = [
-        FileInfo(m.path.removeprefix("./") if bare else m.path, m.size_in_bytes)
-        for m in metadata
-        if not m.path.endswith("/") and (hidden or not _base_name(m.path).startswith("."))
-    ]
-    infos = [info for info in infos if not (is_local(info.path) and os.path.isdir(info.path))]
-    if not infos:
-        folder = is_local(pattern) and os.path.isdir(pattern)
-        hint = f"it is a folder, write '{join(pattern, '*')}'" if folder else "check the path"
-        raise InputError(f"No file matches {pattern!r}: {hint}")
-    return infos
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if deep and entry.is_dir(follow_symlinks=False):
+                    yield from _scan(entry.path, deep)
+                else:
+                    yield entry
+    except FileNotFoundError:
+        return
 
 
 def _base_name(path: str) -> str:
@@ -174,7 +176,7 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     `path` is replaced; missing folders are made.
     """
     folder, name = FileSystems.split(path)
-    temporary = join(folder, f".{name[:150]}.{uuid.uuid4().hex}.tmp")
+    temporary = join(folder, f".{_cut(name)}.{uuid.uuid4().hex}.tmp")
     with _os_errors(path):
         handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
     try:
@@ -189,6 +191,11 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(Exception):  # the first error is the one to see
             remove([temporary])
         raise
+
+
+def _cut(name: str) -> str:
+    """The beginning of a long name, as file systems count its bytes."""
+    return name.encode()[:150].decode(errors="ignore")
 
 
 def upload(local: str, path: str) -> None:

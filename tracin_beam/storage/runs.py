@@ -17,7 +17,6 @@ A set is "train" or the name of a test set. A table's folder holds the table alo
 tool reads it as it is.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,10 +27,11 @@ from typing import Any
 
 from tracin_beam import config
 from tracin_beam.errors import InputError
-from tracin_beam.storage import files
+from tracin_beam.storage import files, patterns
 
 TRAIN = "train"
 _REQUESTS = 32  # made of a file system at a time
+_LONGEST_NAME = 150  # bytes of a shard's name, to which names of files of ours add some
 _FOLDERS = (
     "embeddings",
     "index",
@@ -197,7 +197,7 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
       InputError: nothing matches.
     """
     try:
-        matched = [files.FileInfo(files.full(i.path), i.size) for i in files.match(pattern)]
+        matched = [files.FileInfo(files.full(i.path), i.size) for i in patterns.match(pattern)]
     except InputError as error:
         raise InputError(f"--{flag}: {error}") from None
     # Names that differ by ".tfrecord" alone would have the same embedding file.
@@ -209,9 +209,10 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
         name = known.get(info.path)
         if name is None:
             name = os.path.basename(info.path)
-            if _stem(name) in taken:
+            if _stem(name) in taken or len(name.encode()) > _LONGEST_NAME:
                 stem, extension = os.path.splitext(name)
-                name = f"{stem}-{digest(info.path)[:8]}{extension}"
+                stem = stem.encode()[:_LONGEST_NAME].decode(errors="ignore")
+                name = f"{stem}-{digest(info.path)[:8]}{extension[-20:]}"
             taken.add(_stem(name))
         shards.append(Shard(info.path, name, f"{info.size}:{checksum}"))
     return shards
@@ -268,9 +269,8 @@ def clear(output: Output) -> None:
         "reports",
         "_state",
     ):
-        for names in ("**", "**/.*.tmp"):  # the second of runs that were killed
-            with contextlib.suppress(InputError):  # there are none
-                files.remove([info.path for info in files.match(output.path(folder, names))])
+        # Hidden files too, which runs that were killed have left.
+        files.remove([info.path for info in files.list_folder(output.path(folder), deep=True)])
 
 
 def merge_results(results: Sequence[UnitResult]) -> ShardResult:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tracin_beam.errors import InputError
 from tracin_beam.storage import files
 
 INFLUENCE = pa.schema(
@@ -54,17 +55,22 @@ def write(path: str, table: pa.Table) -> None:
         pq.write_table(table, pa.PythonFile(handle, mode="w"))
 
 
-def read(pattern: str) -> pa.Table:
-    """Reads the Parquet files that match, one after the other.
+def read(path: str) -> pa.Table:
+    """Reads a Parquet file."""
+    with files.local_copy(path) as local:
+        return pq.read_table(local, partitioning=None)
+
+
+def read_folder(folder: str) -> pa.Table:
+    """Reads the Parquet files in a folder of ours, one after the other.
 
     Raises:
-      InputError: none does.
+      InputError: there is none.
     """
-    parts = []
-    for info in files.match(pattern):
-        with files.local_copy(info.path) as local:
-            parts.append(pq.read_table(local, partitioning=None))
-    return pa.concat_tables(parts)
+    paths = [info.path for info in files.list_folder(folder) if info.path.endswith(".parquet")]
+    if not paths:
+        raise InputError(f"There is no table in {folder}.")
+    return pa.concat_tables([read(path) for path in paths])
 
 
 def text(value: Any) -> str:
