@@ -159,7 +159,7 @@ class Config:
     target: str = _flag(
         "loss",
         "What is explained of a test example.",
-        choices=("loss", "predicted_loss", "logit", "probability", "margin"),
+        choices="tracin_beam.gradients.targets:names",
     )
     top_k: int = _flag(10, "Proponents, and opponents, of each test example.", _whole, at_least=1)
     rescore: int = _flag(

@@ -20,7 +20,16 @@ from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context as eager_context
 
 from tracin_beam.errors import InputError, reason
-from tracin_beam.gradients import added, capture, forms, independence, losses, nests, projections
+from tracin_beam.gradients import (
+    added,
+    capture,
+    forms,
+    independence,
+    kinds,
+    nests,
+    projections,
+    quantities,
+)
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
 from tracin_beam.inputs.checkpoints import first_ten
@@ -196,8 +205,10 @@ class Engine:
         self.model = self.task.model()
         if not isinstance(self.model, keras.Model):
             raise InputError(f"Task.model returned a {type(self.model).__name__}, not a model.")
+        one = example.take([0])
         with self._explained():
-            self.model(example.take([0]).features, training=False)
+            output = self.model(one.features, training=False)
+        self.kind = kinds.infer(self.task.loss, one.label, output, self.task.kind)
         capture.make_traceable(self.model)
         self.weights = select_weights(self.model, self.config.layers)
         self.added = added.survey(self.model, example.take([0]).features)
@@ -458,8 +469,9 @@ class Engine:
             ) from error
 
     def _forward(self, target: str) -> capture.Forward:
-        quantity = losses.target_quantity(target, self.task.loss)
-        loss = losses.loss_if_labelled(self.task.loss)
+        kind = self.kind
+        quantity = quantities.target_quantity(target, self.task.loss, kind)
+        loss = quantities.loss_if_labelled(self.task.loss, kind)
 
         def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
             with contextlib.ExitStack() as stack:
@@ -469,12 +481,11 @@ class Engine:
             plain = value if target == "loss" else loss(label, output, sample_weight)
             if self.added and target == "loss":
                 value += added.shares(extra, self.added, nests.present(features)[0].shape[0])
-            classifier = losses.is_classifier(self.task.loss, label, output)
             if self.task.predict is not None:
                 prediction = tf.cast(self.task.predict(output), tf.float32)
             else:
-                prediction = losses.predictions(output, label, classifier)
-            return value, (plain, losses.labels(label, output, classifier), prediction)
+                prediction = kinds.predictions(output, kind)
+            return value, (plain, kinds.labels(label, output, kind), prediction)
 
         return forward
 

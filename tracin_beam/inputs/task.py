@@ -19,6 +19,9 @@ from tracin_beam.storage import files
 
 T = TypeVar("T")
 
+# What `Task.kind` may be.
+KINDS = ("classification", "multilabel", "regression", "other")
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -37,6 +40,10 @@ class Task:
       predict: a function from the model's output to a prediction for each example, [B] numbers.
         By default the class of highest score or, for one output, its value.
       label_names: names of the classes, for reports.
+      kind: what labels and outputs are, where shapes and loss do not tell or mislead:
+        "classification", one class of K (scores [B, K], or [B, 1] or [B] for two classes; labels
+        are class numbers or one-hot); "multilabel", any of K (labels [B, K]); "regression",
+        numbers; "other". Labels and predictions of a multilabel task are null in the tables.
     """
 
     model: Callable[[], Any]
@@ -44,6 +51,11 @@ class Task:
     parse: Callable[[Any], Mapping[str, Any]]
     predict: Callable[[Any], Any] | None = None
     label_names: Sequence[str] | None = None
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise InputError(f"Task(kind={self.kind!r}): take one of {', '.join(KINDS)}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""What is differentiated of an example: a target, for the kind of task at hand."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from tracin_beam.errors import InputError
+from tracin_beam.gradients import kinds, targets
+from tracin_beam.gradients.kinds import Kind
+from tracin_beam.gradients.losses import PerExample, per_example_loss
+from tracin_beam.gradients.targets import ClassScores, Losses
+
+
+def target_quantity(target: str, loss: Any, kind: Kind | None = None) -> PerExample:
+    """What is differentiated for a target, as a function like `per_example_loss`.
+
+    Args:
+      target: the name of a registered target.
+      loss: as in `Task.loss`.
+      kind: of the task; None infers it from what the function is given.
+
+    Raises:
+      InputError: there is no such target; when called, the kind of task has none such.
+    """
+    if target not in targets.names():
+        known = ", ".join(targets.names())
+        raise InputError(f"--target={target} is not known; take one of {known}.")
+    chosen = targets.get(target)
+    compute = per_example_loss(loss)
+
+    def quantity(label: Any, output: Any, sample_weight: Any) -> tf.Tensor:
+        of_task = kind or kinds.infer(loss, label, output)
+        if chosen.of is ClassScores:
+            _check_classes(target, of_task)
+            return chosen.quantity(class_scores(label, output, of_task))
+
+        def of_label() -> tf.Tensor:
+            if label is None:
+                raise InputError(
+                    "parse gives no label: the loss needs one. For test examples without a label "
+                    "take --target=predicted_loss, logit, probability or margin."
+                )
+            return compute(label, output, sample_weight)
+
+        def of_prediction() -> tf.Tensor:
+            return compute(_predicted_label(target, label, output, of_task), output, None)
+
+        return chosen.quantity(Losses(of_label, of_prediction))
+
+    return quantity
+
+
+def loss_if_labelled(loss: Any, kind: Kind) -> PerExample:
+    """Like `per_example_loss`, but NaN for examples of a classification that have no label."""
+    compute = per_example_loss(loss)
+
+    def known(label: Any, output: Any, sample_weight: Any) -> tf.Tensor:
+        if label is None:
+            return tf.fill([tf.shape(tf.nest.flatten(output)[0])[0]], float("nan"))
+        if kind.name != "classification":
+            return compute(label, output, sample_weight)
+        missing = tf.math.is_nan(kinds.labels(label, output, kind))
+        # Some losses fail on a class that there is not.
+        none = missing if label.shape.rank == 1 else missing[:, None]
+        value = compute(tf.where(none, tf.zeros_like(label), label), output, sample_weight)
+        return tf.where(missing, float("nan"), value)
+
+    return known
+
+
+def class_scores(label: Any, output: tf.Tensor, kind: Kind) -> ClassScores:
+    """A classifier's scores, from the class of the label, or from the predicted one."""
+    logits = _logits(output, kind)
+    if kind.single:
+        logits = tf.concat([tf.zeros_like(logits), logits], axis=1)
+    known = kinds.labels(label, output, kind)
+    predicted = tf.argmax(logits, axis=1)
+    index = tf.where(tf.math.is_nan(known), predicted, tf.cast(known, tf.int64))
+    chosen = tf.one_hot(index, logits.shape[1], on_value=True, off_value=False)
+    return ClassScores(
+        own=tf.reduce_sum(tf.where(chosen, logits, 0.0), axis=1),
+        others=tf.where(chosen, logits.dtype.min, logits),
+        logits=logits,
+        separate=kind.separate,
+        relative=kind.single or (kind.probabilities and not kind.separate),
+    )
+
+
+def _check_classes(target: str, kind: Kind) -> None:
+    if kind.name == "classification":
+        return
+    why = {
+        "multilabel": "its examples have any number of labels, so that there is no one class",
+        "regression": "its outputs are numbers",
+        "other": "its outputs are not known to be scores of classes",
+    }[kind.name]
+    raise InputError(
+        f"--target={target} needs a classifier: one output of scores [B, K]. This task is taken "
+        f"for kind={kind.name!r}: {why}. If each example has one class, say so: "
+        "Task(kind='classification')."
+    )
+
+
+def _predicted_label(target: str, label: Any, output: tf.Tensor, kind: Kind) -> tf.Tensor:
+    """What the label would be if the model were right, of the label's shape where there is one."""
+    if kind.name == "multilabel":
+        return tf.cast(output > (0.5 if kind.probabilities else 0.0), tf.float32)
+    _check_classes(target, kind)
+    logits = _logits(output, kind)
+    if kind.single:
+        return tf.cast(logits > 0, tf.int64)
+    predicted = tf.argmax(logits, axis=1)
+    if not kind.sparse:
+        return tf.one_hot(predicted, logits.shape[1])
+    flat = label is None or label.shape.rank == 1
+    return predicted if flat else predicted[:, None]
+
+
+def _logits(output: tf.Tensor, kind: Kind) -> tf.Tensor:
+    """float32 [B, K]: logits; of probabilities the log-odds if separate or single, else the logs.
+
+    A probability near one has lost the digits that tell how near it is: where Keras knows the
+    logits that it was made from, they are taken (their softmax is the same, which is enough).
+    """
+    logits = getattr(output, "_keras_logits", None if kind.probabilities else output)
+    if logits is not None:
+        logits = tf.cast(logits, tf.float32)
+    else:
+        given = tf.cast(output, tf.float32)
+        if kind.separate or kind.single:
+            clipped = tf.clip_by_value(given, 1e-7, 1 - 1e-7)
+            logits = tf.math.log(clipped) - tf.math.log1p(-clipped)
+        else:
+            logits = tf.math.log(tf.maximum(given, 1e-30))
+    return logits if logits.shape.rank == 2 else logits[:, None]
