@@ -215,3 +215,26 @@ def test_outputs_that_are_nearly_equal_are_not_taken_for_mixed():
 
     features = 1e-3 * rng.normal(size=(N, 64)).astype("float32")
     check(build, features, features[:, 0], "mse")
+
+
+@pytest.mark.parametrize(
+    ("activation", "loss", "label"),
+    [
+        ("softmax", "sparse_categorical_crossentropy", CLASSES),
+        ("softmax", "categorical_crossentropy", np.eye(3, dtype="float32")[CLASSES]),
+        ("sigmoid", "binary_crossentropy", np.eye(3, dtype="float32")[CLASSES]),
+        ("softmax", "kl_divergence", np.eye(3, dtype="float32")[CLASSES]),
+        ("tanh", "cosine_similarity", FEATURES[:, :3]),
+        ("sigmoid", "poisson", np.abs(FEATURES[:, :3])),
+        (None, "huber", FEATURES[:, :3]),
+        (None, "categorical_hinge", np.eye(3, dtype="float32")[CLASSES]),
+        (None, "squared_hinge", 2 * np.eye(3, dtype="float32")[CLASSES] - 1),
+        ("sigmoid", keras.losses.BinaryFocalCrossentropy(), np.eye(3, dtype="float32")[CLASSES]),
+    ],
+)
+def test_losses_of_outputs_that_keras_remembers_the_making_of(activation, loss, label):
+    check(
+        lambda: keras.Sequential([keras.Input((6,)), L.Dense(3, activation)]),
+        label=label,
+        loss=loss,
+    )

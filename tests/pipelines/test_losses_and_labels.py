@@ -1,5 +1,6 @@
 """What losses, labels and models a run takes and refuses, and what it says of them."""
 
+import numpy as np
 import pytest
 import tiny as t
 from tiny import Tiny
@@ -64,3 +65,76 @@ def test_what_of_the_training_is_left_out_is_said_once(said):
     assert status == 0
     assert words.count("are left out of the loss") == 1
     assert "kernel" in words
+
+
+def output(layer):
+    """The scores, and then what a layer makes of them."""
+    scores = 'keras.layers.Dense(3, name="scores")'
+    return scores, f"{scores}, {layer}"
+
+
+def first_rows(tiny):
+    """The first row of every test example."""
+    found = {}
+    for row in t.table(tiny.out / "influence" / "test"):
+        found.setdefault(row["test_id"], row)
+    return list(found.values())
+
+
+def test_one_output_for_two_classes(tiny, said):
+    status, words = said(
+        output('keras.layers.Lambda(lambda x: tf.sigmoid(x[:, :1]))'),
+        ("example = tf.io.parse_example(serialized, columns)\n",
+         "example = tf.io.parse_example(serialized, columns)\n"
+         "    example['y'] = example['y'] % 2\n"),
+        (LOSS, "loss = 'binary_crossentropy'\n"),
+        ("loss, parse)", "loss, parse, label_names=['neg', 'pos'])"),
+        stage="influence",
+    )  # fmt: skip
+    assert status == 0
+    assert tiny.run_json()["kind"]["threshold"] == 0.5
+    wrong = sum(
+        (row["test_prediction"] > 0.5) != (row["test_label"] == 1) for row in first_rows(tiny)
+    )
+    shown = [line for line in words.splitlines() if line.startswith("test") and "predicted" in line]
+    assert sum("(wrong)" in line for line in shown) == min(wrong, len(shown))
+    assert all("predicted pos (0." in x or "predicted neg (0." in x for x in shown)
+
+
+SEVERAL = (
+    output('keras.layers.Activation("sigmoid")'),
+    (LOSS, "loss = 'binary_crossentropy'\n"),
+    ('"label": example["y"]', '"label": tf.cast(tf.stack([example["y"] > 0, example["y"] > 1, '
+     'example["x"][:, 0] > 0], 1), tf.float32)'),
+)  # fmt: skip
+
+
+def test_labels_of_several_classes(tiny, said):
+    status, words = said(*SEVERAL, stage="influence")
+    assert status == 0, words
+    assert tiny.run_json()["kind"]["name"] == "multilabel"
+    for row in first_rows(tiny):
+        assert row["test_label"] is None
+        assert row["test_prediction"] is None
+    status, words = said(*SEVERAL, stage="influence", target="logit", test_name="logit")
+    assert status == 2
+    assert "--target=logit needs a classifier" in words
+    one = ("loss, parse)", "loss, parse, kind='classification')")
+    status, words = said(*SEVERAL, one, stage="influence")
+    assert status == 2
+    assert "kind" in words  # another kind than that of the output's embeddings
+
+
+def test_an_embedding_with_class_numbers_is_no_classifier(tiny, said):
+    status, words = said(loss("return tf.reduce_sum(p ** 2, 1)"), stage="influence")
+    assert status == 0
+    assert tiny.run_json()["kind"]["name"] == "other"
+    assert "(wrong)" not in words
+    assert np.all([row["test_prediction"] is None for row in first_rows(tiny)])
+    assert sorted({row["test_label"] for row in first_rows(tiny)}) == [0, 1, 2]
+
+
+def test_a_kind_that_there_is_not(said):
+    status, words = said(("loss, parse)", "loss, parse, kind='classes')"))
+    assert status == 2
+    assert "take one of classification, multilabel, regression, other" in words

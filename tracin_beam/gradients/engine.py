@@ -330,6 +330,11 @@ class Engine:
             math.prod(n or 128 for n in spec.shape) * 4 for spec in self._query_specs(target)
         )
 
+    def described_kind(self) -> dict[str, Any]:
+        """The task's kind for run.json, and how its predictions become classes."""
+        own = self.task.predict is not None  # then they are what the task says
+        return {**dataclasses.asdict(self.kind), "threshold": None if own else self.kind.threshold}
+
     def notes(self) -> list[str]:
         """Sentences on how an example's loss is not all that was trained."""
         return added.notes(self.model, self.added)

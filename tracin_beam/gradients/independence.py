@@ -203,8 +203,8 @@ def _gradient(function: Callable[[Any], tf.Tensor], output: Any) -> tuple[float,
 
 
 def _float(x: tf.Tensor) -> tf.Tensor:
-    # A tensor of its own also loses what Keras keeps of how it was made.
-    return tf.cast(x, tf.float32) if x.dtype.is_floating else tf.identity(x)
+    # A tensor of its own loses what Keras keeps of how it was made, such as its logits.
+    return tf.identity(tf.cast(x, tf.float32) if x.dtype.is_floating else x)
 
 
 def _size(structure: Any) -> int:

@@ -13,7 +13,7 @@ from tracin_beam.inputs.task import Task
 from tracin_beam.storage import embeddings, runs
 
 # Raised when the same inputs give other results than before.
-_VERSION = 2
+_VERSION = 3
 
 
 def of_task(task: Task, engine: Engine, config: Config) -> dict[str, str]:
@@ -24,6 +24,7 @@ def of_task(task: Task, engine: Engine, config: Config) -> dict[str, str]:
         "model": runs.digest(_model(engine.model)),
         "loss": runs.digest(_loss(task.loss)),
         "parse": runs.digest(_code(task.parse)),
+        "kind": runs.digest(engine.described_kind()),
         "predict": runs.digest(_code(task.predict)),
         **{name: str(value) for name, value in flags.items()},
     }

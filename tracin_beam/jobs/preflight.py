@@ -9,7 +9,7 @@ import itertools
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -45,6 +45,7 @@ class Run:
       explicit_ids: whether the task gives ids.
       fingerprint: of task and projection, by what a user calls its parts.
       started: seconds since the epoch.
+      kind: of the task, as run.json tells it.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Run:
     explicit_ids: bool
     fingerprint: dict[str, str]
     started: float
+    kind: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def shard_fingerprints(self) -> dict[str, str]:
@@ -192,6 +194,7 @@ def look(config: Config, *, with_test: bool) -> Found:
         explicit_ids,
         fingerprint,
         started,
+        source.get().engine.described_kind(),
     )
     return Found(run, earlier, bool(stale), choice)
 
@@ -388,6 +391,7 @@ def write_run(run: Run, earlier: dict[str, Any], news: dict[str, Any]) -> None:
         "config": run.config.recorded(),
         "versions": _versions(),
         "fingerprint": run.fingerprint,
+        "kind": run.kind,
         "checkpoints": [
             {"path": c.path, "step": c.step, "epoch": c.epoch, "learning_rate": c.learning_rate}
             for c in run.checkpoints

@@ -51,7 +51,8 @@ def influence_page(
     Returns:
         A whole HTML document that refers to nothing outside itself.
     """
-    tests = view.explanations(rows, label_names=label_names, max_tests=max_tests)
+    read = view.reading(rows, run, label_names)
+    tests = view.explanations(rows, read, max_tests=max_tests)
     influences = [one for test in tests for one in test.proponents + test.opponents]
     config = run.get("config") or {}
     return _PAGES.get_template("influence.html").render(

@@ -28,7 +28,8 @@ def influence_summary(
     Returns:
         Lines of plain text without control characters, whatever ids and labels hold.
     """
-    tests = view.explanations(rows, label_names=label_names, max_tests=max_tests)
+    read = view.reading(rows, run, label_names)
+    tests = view.explanations(rows, read, max_tests=max_tests)
     blocks = ["\n".join(_explanation(test)) for test in tests] or ["The influence table is empty."]
     more = view.count_tests(rows) - len(tests)
     if more > 0:

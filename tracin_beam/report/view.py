@@ -15,6 +15,50 @@ _BIDI_CONTROLS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u20
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How labels and predictions are to be read.
+
+    Attributes:
+      classes: they are classes, so that being equal means being right.
+      threshold: above which a prediction, which is then a score, stands for the class 1.
+      probabilities: such scores are probabilities, and not logits.
+      names: of the classes 0, 1, …, or None.
+    """
+
+    classes: bool
+    threshold: float | None
+    probabilities: bool
+    names: Sequence[str] | None
+
+    def predicted(self, value: float | None) -> float | None:
+        """The class that a prediction stands for."""
+        if self.threshold is None or value is None or not math.isfinite(value):
+            return value
+        return float(value > self.threshold)
+
+    def label(self, value: float | None) -> str:
+        """A label in words."""
+        return _named(value, self.names)
+
+    def prediction(self, value: float | None) -> str:
+        """A prediction in words: "pos", "pos (0.52)" where it comes from a score."""
+        name = _named(self.predicted(value), self.names)
+        if self.threshold is None or value is None or not math.isfinite(value):
+            return name
+        return f"{name} ({'' if self.probabilities else 'logit '}{value:.2f})"
+
+
+def reading(rows: pa.Table, run: Mapping[str, Any], label_names: Sequence[str] | None) -> Reading:
+    """How to read a table's labels and predictions: by run.json, or else by their values."""
+    kind = _dict(run, "kind")
+    if kind.get("name") in ("classification", "multilabel", "regression"):
+        classes = kind["name"] == "classification"
+        threshold = kind.get("threshold") if classes else None
+        return Reading(classes, threshold, bool(kind.get("probabilities")), label_names)
+    return Reading(_is_classification(rows, label_names), None, False, label_names)
+
+
+@dataclass(frozen=True)
 class Influence:
     """One row of the influence table: a proponent or opponent of a test example."""
 
@@ -40,11 +84,8 @@ class Explanation:
     opponents: tuple[Influence, ...]
 
 
-def explanations(
-    rows: pa.Table, *, label_names: Sequence[str] | None, max_tests: int
-) -> list[Explanation]:
+def explanations(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Explanation]:
     """Arranges the table by test example: wrong predictions first, else in the table's order."""
-    classes = _is_classification(rows, label_names)
 
     def one(place: Place) -> Explanation:
         mine = rows.filter(_at(rows, place)).sort_by("rank").to_pylist()
@@ -55,9 +96,9 @@ def explanations(
                 Influence(
                     id=printable(row["train_id"]),
                     place=(row["train_shard"], row["train_position"]),
-                    label=_named(row["train_label"], label_names),
-                    label_differs=classes and _differ(row["train_label"], row["test_label"]),
-                    prediction=_named(row["train_prediction"], label_names),
+                    label=read.label(row["train_label"]),
+                    label_differs=read.classes and _differ(row["train_label"], row["test_label"]),
+                    prediction=read.prediction(row["train_prediction"]),
                     score=row["score"],
                     by_checkpoint=tuple(row["score_by_checkpoint"] or ()),
                 )
@@ -68,22 +109,20 @@ def explanations(
         return Explanation(
             id=printable(first["test_id"]),
             place=place,
-            label=_named(first["test_label"], label_names),
-            prediction=_named(first["test_prediction"], label_names),
-            wrong=classes and _differ(first["test_prediction"], first["test_label"]),
+            label=read.label(first["test_label"]),
+            prediction=read.prediction(first["test_prediction"]),
+            wrong=_is_wrong(read, first["test_prediction"], first["test_label"]),
             proponents=of("proponent"),
             opponents=of("opponent"),
         )
 
-    return [one(place) for place in _chosen(rows, classes, max_tests)]
+    return [one(place) for place in _chosen(rows, read, max_tests)]
 
 
-def places_shown(
-    rows: pa.Table, *, label_names: Sequence[str] | None, max_tests: int
-) -> set[Place]:
+def places_shown(rows: pa.Table, read: Reading, *, max_tests: int) -> set[Place]:
     """The examples, of both sides, that a report of at most `max_tests` test examples shows."""
     places = set()
-    for place in _chosen(rows, _is_classification(rows, label_names), max_tests):
+    for place in _chosen(rows, read, max_tests):
         mine = rows.filter(_at(rows, place))
         places.add(place)
         places.update(
@@ -144,7 +183,7 @@ def printable(value: Any) -> str:
     )
 
 
-def _chosen(rows: pa.Table, classes: bool, max_tests: int) -> list[Place]:
+def _chosen(rows: pa.Table, read: Reading, max_tests: int) -> list[Place]:
     """The test examples to show, wrong predictions first."""
     if not rows.num_rows:
         return []
@@ -153,8 +192,8 @@ def _chosen(rows: pa.Table, classes: bool, max_tests: int) -> list[Place]:
         .aggregate([("test_label", "first"), ("test_prediction", "first")])
         .to_pylist()
     )
-    if classes:  # the sort is stable
-        tests.sort(key=lambda t: not _differ(t["test_prediction_first"], t["test_label_first"]))
+    # The sort is stable.
+    tests.sort(key=lambda t: not _is_wrong(read, t["test_prediction_first"], t["test_label_first"]))
     return [(test["test_shard"], test["test_position"]) for test in tests[:max_tests]]
 
 
@@ -183,6 +222,10 @@ def _is_known(value: float | None) -> bool:
 
 def _differ(one: float | None, other: float | None) -> bool:
     return _is_known(one) and _is_known(other) and one != other
+
+
+def _is_wrong(read: Reading, prediction: float | None, label: float | None) -> bool:
+    return read.classes and _differ(read.predicted(prediction), label)
 
 
 def _named(value: float | None, label_names: Sequence[str] | None) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from tracin_beam.gradients import nests
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Shown, show_features
-from tracin_beam.report.view import places_shown
+from tracin_beam.report.view import places_shown, reading
 from tracin_beam.storage import files, records, tables
 from tracin_beam.storage.runs import Output
 
@@ -28,7 +28,7 @@ def write_influence_report(
     """
     rows = tables.read_folder(output.influence(test_name))
     names = loaded.task.label_names
-    places = places_shown(rows, label_names=names, max_tests=max_tests)
+    places = places_shown(rows, reading(rows, state, names), max_tests=max_tests)
     page = influence_page(
         rows, _shown(loaded, places), state, label_names=names, max_tests=max_tests
     )
