@@ -1,10 +1,54 @@
 """The errors that users are meant to read."""
 
+import errno
+import json
+import os
 import re
+import threading
+
+# What comes before the message, as JSON, in the trace of an `InputError` of a worker.
+MARK = "tracin-beam error: "
 
 
 class InputError(ValueError):
     """An input that the user can mend. The message says what, where, and what to do."""
+
+    # Beam adds a worker's step to the message of errors that do not say this of themselves.
+    _tagged_with_step = True
+
+    @property
+    def __notes__(self) -> list[str]:  # type: ignore[override]
+        """What Python's traces have below the message: the mark, of errors in workers' threads."""
+        if threading.current_thread() is threading.main_thread():
+            return []
+        return [MARK + json.dumps(str(self))]
+
+
+_OS_PROBLEMS = {
+    errno.ENOSPC: "the disk is full; free some space, or choose another place",
+    errno.EDQUOT: "the quota of the disk is used up; free some space, or choose another place",
+    errno.EFBIG: "the file would become larger than is allowed here; raise the limit (ulimit -f)",
+    errno.ENAMETOOLONG: "the name is too long for the file system; take a shorter one",
+    errno.EACCES: "this user may not do that; change the permissions, or choose another place",
+    errno.EPERM: "this user may not do that; change the permissions, or choose another place",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.EIO: "the disk fails; choose another place",
+}
+
+
+def os_problem(error: OSError | str) -> str:
+    """What is wrong with a disk or file system, and what to do; empty where it is not known.
+
+    Args:
+      error: an error of the operating system, or its text.
+    """
+    if isinstance(error, OSError):
+        return _OS_PROBLEMS.get(error.errno or 0, "")
+    for number, problem in _OS_PROBLEMS.items():
+        if f"[Errno {number}]" in error or os.strerror(number) in error:
+            return problem
+    return ""
 
 
 # What TensorFlow and Keras say before they say what is wrong.

@@ -1,11 +1,8 @@
 """From the command line to the result: what every launcher in `pipelines/` calls."""
 
-import contextlib
 import logging
-import re
 import sys
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
@@ -13,9 +10,9 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from tracin_beam.errors import InputError
-from tracin_beam.jobs import dataflow, graphs, local, options
+from tracin_beam.jobs import dataflow, graphs, interrupts, local, options, worker_errors
 from tracin_beam.jobs.preflight import Run, prepare
-from tracin_beam.storage import runs
+from tracin_beam.storage import runs, unfinished
 
 _log = logging.getLogger(__name__)
 
@@ -29,34 +26,55 @@ def main(stage: str, about: str, argv: Sequence[str] | None = None) -> int:
       argv: flags; those of the process by default.
 
     Returns:
-      The exit status: 0, or 2 for an input that has to be mended, which is said on stderr.
+      The exit status, as `ends` gives it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = f"python -m pipelines.{stage}"
     if options.wants_help(argv, prog, about):
         return 0
+    return ends(prog, lambda: _run(stage, prog, argv))
+
+
+def _run(stage: str, prog: str, argv: Sequence[str]) -> int:
+    FileSystems.set_options(PipelineOptions(argv))  # whose account reads a --config file
+    config, beam_options = options.parse(argv, needs_test=stage == "influence", prog=prog)
+    if dataflow.is_chosen(beam_options):
+        dataflow.check(config, beam_options)
+        dataflow.set_defaults(beam_options)
+    set_up_logging()
+    FileSystems.set_options(beam_options)
+    run = prepare(config, with_test=stage != "self_influence")
+    only_written = dataflow.only_written(beam_options)
+    if stage == "influence" and not only_written and graphs.is_done(run):
+        _log.info("nothing has changed since the tables were made")
+    else:
+        result = execute(stage, run, beam_options)
+        if said := only_written or _unfinished(result, beam_options):
+            print(said)
+            return 0
+    print(_summary(stage, run))
+    return 0
+
+
+def ends(prog: str, body: Callable[[], int]) -> int:
+    """Runs a command, which may end in one sentence on stderr; its temporary files go with it.
+
+    Returns:
+      The exit status: that of `body`, 2 for an input that has to be mended, 1 for a failure. By
+      Ctrl-C and SIGTERM the process ends, with 130 and 143.
+    """
     try:
-        FileSystems.set_options(PipelineOptions(argv))  # whose account reads a --config file
-        config, beam_options = options.parse(argv, needs_test=stage == "influence", prog=prog)
-        if dataflow.is_chosen(beam_options):
-            dataflow.check(config, beam_options)
-            dataflow.set_defaults(beam_options)
-        set_up_logging()
-        FileSystems.set_options(beam_options)
-        run = prepare(config, with_test=stage != "self_influence")
-        only_written = dataflow.only_written(beam_options)
-        if stage == "influence" and not only_written and graphs.is_done(run):
-            _log.info("nothing has changed since the tables were made")
-        else:
-            result = execute(stage, run, beam_options)
-            if said := only_written or _unfinished(result, beam_options):
-                print(said)
-                return 0
+        with interrupts.handled(prog), unfinished.temporary_folder():
+            return body()
     except (InputError, OSError) as error:
         say(prog, error)
         return 2
-    print(_summary(stage, run))
-    return 0
+    except Exception as error:
+        if worker_errors.shows_traces():
+            raise
+        failed = worker_errors.of(error)
+        say(prog, failed)
+        return 2 if isinstance(failed, InputError) else 1
 
 
 def say(prog: str, error: Exception) -> None:
@@ -71,24 +89,19 @@ def execute(stage: str, run: Run, beam_options: PipelineOptions) -> PipelineResu
 
     Raises:
       InputError: what Beam says of its options, or a worker of the input.
+      worker_errors.Failed: the job has failed otherwise.
     """
     local.prepare(beam_options)
     try:
-        quiet: Any = _WithoutOurTraces(sys.stderr)
-        with contextlib.redirect_stderr(quiet), beam.Pipeline(options=beam_options) as pipeline:
+        pipeline = beam.Pipeline(options=beam_options)
+        cancelled = interrupts.telling(lambda: local.cancel(pipeline))
+        with worker_errors.without_traces(), cancelled, pipeline:
             graphs.GRAPHS[stage](pipeline, run)
         return pipeline.result
-    except InputError:
-        raise
     except Exception as error:
-        if str(error).startswith("Pipeline has validations errors"):
-            raise InputError(str(error).partition("\n")[2].strip()) from None
-        # Of a worker's error only the text comes back, in the middle of Beam's stack trace.
-        end = r"(?: \[while running|\n\n|\nTraceback|\Z)"
-        found = re.search(rf"InputError: (.*?){end}", str(error), re.S)
-        if not found:
+        if worker_errors.shows_traces():
             raise
-        raise InputError(found[1].strip()) from None
+        raise worker_errors.of(error) from None
 
 
 def _unfinished(result: PipelineResult, beam_options: PipelineOptions) -> str | None:
@@ -123,31 +136,6 @@ def _summary(stage: str, run: Run) -> str:
     return "\n".join([*lines, f"Written to {where}"])
 
 
-class _WithoutOurTraces:
-    """A stream that drops the stack traces, which Beam prints, of errors that we report anyway."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._dropped = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        end = self._dropped and text == "\n"
-        self._dropped = text.startswith("Traceback") and "InputError" in text
-        return len(text) if self._dropped or end else self._stream.write(text)
-
-
-class _OnlyOurErrors(logging.Filter):
-    """Drops Beam's stack traces of errors that are reported in a sentence at the end."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "InputError" not in record.getMessage() and not (
-            record.exc_info and isinstance(record.exc_info[1], InputError)
-        )
-
-
 def set_up_logging() -> None:
     """Our progress without the runners' chatter, and their errors without our own in them."""
     handler = logging.StreamHandler()
@@ -157,4 +145,4 @@ def set_up_logging() -> None:
     ours.setLevel(logging.INFO)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     for other in logging.getLogger().handlers:
-        other.addFilter(_OnlyOurErrors())
+        other.addFilter(worker_errors.WithoutTraces())

@@ -6,11 +6,17 @@ changes them, so they are set in Beam's modules.
 """
 
 import re
+import threading
 from typing import Any
 
+import apache_beam as beam
 import grpc
 from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions
-from apache_beam.runners.portability import abstract_job_service, local_job_service
+from apache_beam.runners.portability import (
+    abstract_job_service,
+    local_job_service,
+    portable_runner,
+)
 from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from apache_beam.runners.worker import worker_pool_main
 
@@ -70,3 +76,15 @@ class _LoopbackGrpc:
 
 
 _LOOPBACK = _LoopbackGrpc()
+
+
+def cancel(pipeline: beam.Pipeline, seconds: float = 0.5) -> None:
+    """Cancels the job of a job server, whose workers may end with this process.
+
+    A job on Dataflow goes on; `gcloud dataflow jobs cancel` ends it.
+    """
+    result = getattr(pipeline, "result", None)
+    if isinstance(result, portable_runner.PipelineResult):
+        asking = threading.Thread(target=result.cancel, daemon=True)
+        asking.start()
+        asking.join(seconds)

@@ -12,6 +12,7 @@ from apache_beam.options.pipeline_options import (
     PortableOptions,
     StandardOptions,
 )
+from apache_beam.runners.runner import create_runner
 
 from tracin_beam import config as config_flags
 from tracin_beam.config import Config, Flag
@@ -118,6 +119,7 @@ def _parse(
         rest += ["--runner=FnApiRunner"]
         if not any(flag.startswith("--direct_") for flag in rest):
             rest += ["--direct_running_mode=multi_threading", "--direct_num_workers=0"]
+    _check_runner(rest)
     # Ours go along, so that a runner's console shows them.
     beam_options = PipelineOptions(rest, **values)
     chosen = any(flag.startswith("--environment_cache_millis") for flag in rest)
@@ -182,6 +184,21 @@ def _check_unknown(rest: Sequence[str], names: Sequence[str]) -> None:
         elif known.runner not in _PORTABLE:
             raise InputError(f"There is no flag {name}, neither ours nor Beam's.")
         before = word
+
+
+def _check_runner(rest: Sequence[str]) -> None:
+    known, _ = _beams_parser().parse_known_args(rest)
+    if "dataflow" in (known.runner or "").lower():
+        return  # which may not be installed, and is checked with its other needs
+    try:
+        create_runner(known.runner)
+    except (ValueError, ImportError, AttributeError) as error:
+        # Those that are for running jobs; the others are for Beam's own tests and notebooks.
+        shown = "FnApiRunner, PrismRunner, FlinkRunner, SparkRunner, PortableRunner, DataflowRunner"
+        raise InputError(
+            f"--runner={known.runner} is not known: take one of {shown}, or leave it out to run on "
+            "this machine."
+        ) from error
 
 
 def _beams_parser() -> argparse.ArgumentParser:

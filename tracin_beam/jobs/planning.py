@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from apache_beam.io.filesystems import FileSystems
 
 from tracin_beam.config import Config
-from tracin_beam.errors import InputError
 from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.preflight import Found
 from tracin_beam.storage import runs
@@ -50,19 +49,19 @@ def main(about: str, argv: Sequence[str] | None = None) -> int:
     """Prints a plan.
 
     Returns:
-      The exit status: 0, or 2 for an input that has to be mended, which is said on stderr.
+      The exit status, as `launch.ends` gives it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if options.wants_help(argv, PROG, about, job="plan"):
         return 0
-    try:
-        config, beam_options = options.parse_plan(argv, prog=PROG)
-        launch.set_up_logging()
-        FileSystems.set_options(beam_options)
-        planned = make(config)
-    except (InputError, OSError) as error:
-        launch.say(PROG, error)
-        return 2
+    return launch.ends(PROG, lambda: _print(argv))
+
+
+def _print(argv: Sequence[str]) -> int:
+    config, beam_options = options.parse_plan(argv, prog=PROG)
+    launch.set_up_logging()
+    FileSystems.set_options(beam_options)
+    planned = make(config)
     print(json.dumps(as_json(planned), indent=1) if config.json else as_text(planned, config))
     return 0
 

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from tracin_beam.errors import InputError
+from tracin_beam.errors import InputError, os_problem
+from tracin_beam.storage import unfinished
 
 _CHUNK = 1 << 20
 
@@ -174,6 +175,10 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
 
     Until then they lie in a hidden file beside it, which an exception removes. A file that was at
     `path` is replaced; missing folders are made.
+
+    Raises:
+        InputError: the disk is full, the name too long, or the place forbidden.
+        OSError: it cannot be written for another reason.
     """
     folder, name = FileSystems.split(path)
     temporary = join(folder, f".{_cut(name)}.{uuid.uuid4().hex}.tmp")
@@ -186,10 +191,34 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
             with _os_errors(path):
                 handle.close()
         with _os_errors(path):
-            _replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to see
-            remove([temporary])
+            handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
+        try:
+            try:
+                yield handle
+            finally:
+                with _os_errors(path):
+                    handle.close()
+            with _os_errors(path):
+                _replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to see
+                remove([temporary])
+            raise
+
+
+@contextlib.contextmanager
+def _written(path: str, temporary: str = "") -> Iterator[None]:
+    """Says of errors of the disk which file could not be written, and what to do.
+
+    Errors that name another file, which is read meanwhile, pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        about = str(error.filename or "")
+        mine = about in ("", temporary) or path.startswith(about)
+        if mine and (problem := os_problem(error if error.errno else str(error))):
+            raise InputError(f"{path} cannot be written: {problem}.") from error
         raise
 
 
@@ -206,7 +235,7 @@ def upload(local: str, path: str) -> None:
 
 def download(path: str, local: str) -> None:
     """Copies a file to a local path."""
-    with open_read(path) as source, open(local, "wb") as target:
+    with open_read(path) as source, _written(local), open(local, "wb") as target:
         shutil.copyfileobj(source, target, _CHUNK)
 
 
