@@ -158,6 +158,6 @@ def test_names_that_cannot_be_used(job, capfd):
     alone = job.folder / "train-fifo.tfrecord"
     says(capfd, job.run("embed", train=alone), "train-fifo.tfrecord is no regular file but a pipe")
     alone.unlink()
-    says(capfd, job.run("embed", output=f"{job.folder}/\udcff"), r"--output=.*\\udcff.*UTF-8")
+    says(capfd, job.run("embed", output=f"{job.folder}/\udcff"), r"--output .*\\udcff.*UTF-8")
     says(capfd, job.run("embed", test_name="x" * 250), "--test_name=x.* take a plain short name")
     says(capfd, job.run("embed", output=job.folder / ("x" * 300)), "the name is too long")

@@ -182,14 +182,7 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     """
     folder, name = FileSystems.split(path)
     temporary = join(folder, f".{_cut(name)}.{uuid.uuid4().hex}.tmp")
-    with _os_errors(path):
-        handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
-    try:
-        try:
-            yield handle
-        finally:
-            with _os_errors(path):
-                handle.close()
+    with _written(path, temporary), unfinished.file(temporary, lambda: remove([temporary])):
         with _os_errors(path):
             handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
         try:
