@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from tracin_beam.scoring import topk
-from tracin_beam.scoring.recall import correlation, keep, ranks, recall, retrieval
+from tracin_beam.scoring.recall import correlation, ranks, recall, retrieval, to_keep
 from tracin_beam.scoring.topk import OPPONENT, PROPONENT, ROLES, SIGNS, Judged, Scored
 
 
@@ -61,7 +61,12 @@ def table_of(rows, count, drop=0):
 def test_retrieval_is_the_same_from_what_is_kept_of_parts():
     rows = judged()
     table = table_of(rows, 10, drop=2)
-    parts = [keep(topk.take(rows, rows.shard == shard), 10) for shard in range(5)]
+    parts = []
+    for shard in range(5):
+        part = topk.take(rows, rows.shard == shard)
+        shape = (3, 100)
+        kept = to_keep(part.exact.reshape(shape), part.estimate.reshape(shape), 10, 2)
+        parts.append(topk.take(part, kept.ravel()))
     assert sum(len(part.query) for part in parts) < len(rows.query)
     found = retrieval(topk.merge(parts), table, 10, True)
     assert (found["queries"], found["k"]) == (3, 10)

@@ -9,21 +9,30 @@ from tracin_beam.scoring import topk
 from tracin_beam.scoring.topk import ROLES, SIGNS, Judged, Scored
 
 
-def keep(rows: Judged, count: int) -> Judged:
-    """The rows that `retrieval` will look at: the sample, and all ends, exact and estimated."""
-    marked = np.zeros(len(rows.query), bool) | rows.sampled
-    numbered = rows._replace(sampled=np.arange(len(rows.query)))
+def to_keep(exact: np.ndarray, estimate: np.ndarray, count: int, step: int) -> np.ndarray:
+    """What `retrieval` will look at of some training examples: a sample, and all ends.
+
+    Args:
+      exact, estimate: float [queries, n], scores.
+      count: how many of each end.
+      step: every so manieth is in the sample.
+
+    Returns:
+      bool [queries, n].
+    """
+    kept = np.zeros(exact.shape, bool)
+    kept[:, ::step] = True
     for role in ROLES:
-        for score in (rows.exact, rows.estimate):
-            marked[topk.best(numbered, score, count, role).sampled] = True
-    return topk.take(rows, np.flatnonzero(marked))
+        for scores in (exact, estimate):
+            kept[topk.ends(scores, count, role)] = True
+    return kept
 
 
 def retrieval(judged: Judged, table: dict[str, Scored], top_k: int, exact: bool) -> dict[str, Any]:
     """The "retrieval" entry of run.json.
 
     Args:
-      judged: of all training examples, as `keep` leaves them, for the sampled queries.
+      judged: of all training examples, as far as `to_keep` says so, for the sampled queries.
       table: the rows of the influence table for the same queries, by role.
       top_k: the k of recall@k.
       exact: whether the scores of the table are exact.

@@ -30,6 +30,8 @@ CHUNK_BYTES = 256 << 20
 QUERY_CACHE_BYTES = 512 << 20
 # Inner products held at a time.
 _PRODUCT_BYTES = 64 << 20
+# Batches of parsed examples held at a time.
+_MOST_BATCHES = 16
 
 
 class Products(NamedTuple):
@@ -87,7 +89,7 @@ class ExactScores:
     def _rows_at_a_time(self, queries: int) -> int:
         size = self._loaded.engine.batch_size
         rows = _PRODUCT_BYTES // (8 * queries * len(self._join.checkpoints))
-        return max(1, rows // size) * size
+        return min(_MOST_BATCHES, max(1, rows // size)) * size
 
     def _terms(self, queries: np.ndarray, data: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The queries that could be computed, and their terms of the score for some records."""

@@ -42,43 +42,52 @@ def judge(join: Join, census: Census, exact: ExactScores, group: Group, count: i
     """Exact and estimated scores of a group's examples for the sampled queries.
 
     Returns:
-      What `recall.keep` keeps of them with this count; `query` counts the sampled queries.
+      Those of them that `recall.to_keep` names; `query` counts the sampled queries.
     """
     queries = census.sample
-    numbers = np.arange(len(queries))
     places = places_of(join, group)
-    column = {int(shard): places[:, 0] == shard for shard in np.unique(places[:, 0])}
-    # In float64, as a score may be a small difference of large terms.
-    vectors = [v.astype(np.float64) for v in joining.queries_at(join, census, queries)]
-    weighted = join.score.queries(vectors)
-    estimates = np.empty((len(queries), len(places)))
-    done = dict.fromkeys(column, 0)
-    for shard, parts in joining.train_rows(join, group):
-        first = int(np.flatnonzero(column[shard])[0]) + done[shard]
-        done[shard] += len(parts[0])
-        embedded = [part.embedding.astype(np.float64) for part in parts]
-        found = join.score.estimates(weighted, embedded)
-        estimates[:, first : first + found.shape[1]] = found
-    scores = np.full(estimates.shape, np.nan)
-    for some in np.array_split(numbers, -(-len(numbers) // join.block)):
-        wanted = [(queries[some], places[:, 0], places[:, 1])]
-        for _, products in exact.products(wanted):
-            rows = np.searchsorted(queries, products.queries)
-            at = np.searchsorted(_keys(*places.T), _keys(products.shard, products.position))
-            scores[np.ix_(rows, at)] = products.by_checkpoint.sum(axis=2)
+    exact_scores = _exact(exact, queries, places, join.block)
+    known = np.isfinite(exact_scores).all(axis=1)
+    exact_scores, estimates = exact_scores[known], _estimates(join, census, group, places)[known]
     share = max(_FEWEST_PAIRS, _PAIRS * len(places) // max(1, census.train_rows))
     step = -(-len(places) // share)
-    known = np.isfinite(scores)
-    query, row = np.nonzero(known)
-    every = Judged(
-        query,
+    query, row = np.nonzero(recall.to_keep(exact_scores, estimates, count, step))
+    return Judged(
+        np.flatnonzero(known)[query],
         places[row, 0].astype(np.int32),
         places[row, 1],
-        scores[known],
-        estimates[known],
+        exact_scores[query, row],
+        estimates[query, row],
         row % step == 0,
     )
-    return recall.keep(every, count)
+
+
+def _exact(exact: ExactScores, queries: np.ndarray, places: np.ndarray, block: int) -> np.ndarray:
+    """float64 [queries, places]; NaN for a query that could not be computed."""
+    scores = np.full((len(queries), len(places)), np.nan)
+    keys = _keys(*places.T)
+    for start in range(0, len(queries), block):
+        wanted = [(queries[start : start + block], places[:, 0], places[:, 1])]
+        for _, products in exact.products(wanted):
+            rows = np.searchsorted(queries, products.queries)
+            at = np.searchsorted(keys, _keys(products.shard, products.position))
+            scores[np.ix_(rows, at)] = products.by_checkpoint.sum(axis=2)
+    return scores
+
+
+def _estimates(join: Join, census: Census, group: Group, places: np.ndarray) -> np.ndarray:
+    """float64 [sampled queries, places]."""
+    weighted = join.score.queries(joining.queries_at(join, census, census.sample))
+    estimates = np.empty((len(census.sample), len(places)))
+    filled = {
+        int(shard): int(first) for shard, first in zip(*np.unique(places[:, 0], True), strict=True)
+    }
+    for shard, parts in joining.train_rows(join, group):
+        found = join.score.estimates(weighted, [part.embedding for part in parts])
+        first = filled[shard]
+        filled[shard] = first + found.shape[1]
+        estimates[:, first : filled[shard]] = found
+    return estimates
 
 
 def _keys(shard: np.ndarray, position: np.ndarray) -> np.ndarray:
