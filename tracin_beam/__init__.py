@@ -8,14 +8,23 @@ from tracin_beam.errors import InputError
 from tracin_beam.inputs.task import Task
 
 if TYPE_CHECKING:
-    from tracin_beam.inputs.callback import TracInCheckpoint
+    from tracin_beam.inputs.callback import TracInCheckpoint, save_checkpoint
     from tracin_beam.inputs.shards import Parser, write_shards
 
-__all__ = ["InputError", "Parser", "Task", "TracInCheckpoint", "__version__", "write_shards"]
+__all__ = [
+    "InputError",
+    "Parser",
+    "Task",
+    "TracInCheckpoint",
+    "__version__",
+    "save_checkpoint",
+    "write_shards",
+]
 
 # Imported when used: they bring TensorFlow or Beam.
 _LAZY = {
     "TracInCheckpoint": "inputs.callback",
+    "save_checkpoint": "inputs.callback",
     "Parser": "inputs.shards",
     "write_shards": "inputs.shards",
 }

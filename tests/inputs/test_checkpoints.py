@@ -1,4 +1,3 @@
-import contextlib
 import json
 import math
 import subprocess
@@ -6,236 +5,28 @@ import sys
 import warnings
 import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from keras.src.legacy.saving import legacy_h5_format
 from remote_files import PREFIX
+from training import (
+    RATE,
+    STEPS,
+    X,
+    build,
+    compiled,
+    decay,
+    fit,
+    load_weights,
+    schedule,
+)
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs.callback import TracInCheckpoint
-from tracin_beam.inputs.checkpoints import Checkpoint, read_checkpoints
-from tracin_beam.inputs.weights import WeightsLoader
-from tracin_beam.storage import files
-
-STEPS = 4  # to an epoch
-X = np.random.default_rng(0).normal(size=(STEPS * 2, 3)).astype(np.float32)
-Y = X.sum(1, keepdims=True)
-RATE = 0.0625  # a binary fraction, exact in float32
-
-
-def decay(step):
-    """The oracle of `schedule`."""
-    return RATE * 0.5 ** (step / 10)
-
-
-def schedule():
-    return keras.optimizers.schedules.ExponentialDecay(RATE, 10, 0.5)
-
-
-def build(units=2):
-    return keras.Sequential(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(units, name="hidden"),
-            keras.layers.BatchNormalization(),
-            keras.layers.Dropout(0.5),
-            keras.layers.Dense(1),
-        ]
-    )
-
-
-def compiled(rate=RATE, optimizer=keras.optimizers.SGD, model=None, **options):
-    model = model or build()
-    model.compile(optimizer(rate), "mse", **options)
-    return model
-
-
-def fit(model, *callbacks, epochs=2, **options):
-    options = {"batch_size": 2, "shuffle": False, "verbose": 0, **options}
-    return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **options)
-
-
-def load_weights(model, path):
-    WeightsLoader(model).load(path)
-
-
-def listing(directory):
-    return json.loads((directory / "checkpoints.json").read_text())
-
-
-def saved_steps(directory):
-    return [entry["step"] for entry in listing(directory)]
-
-
-# TracInCheckpoint
-
-
-def test_each_epoch_is_saved_with_the_weights_and_rate_of_that_time(tmp_path):
-    weights = []
-    snapshot = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: weights.append(model.get_weights())
-    )
-    model = compiled(schedule())
-    fit(model, snapshot, TracInCheckpoint(tmp_path / "ckpts"), epochs=3)
-    entries = listing(tmp_path / "ckpts")
-    assert [(e["path"], e["step"], e["epoch"]) for e in entries] == [
-        ("00000004.weights.h5", 4, 1),
-        ("00000008.weights.h5", 8, 2),
-        ("00000012.weights.h5", 12, 3),
-    ]
-    rates = [entry["learning_rate"] for entry in entries]
-    assert rates == pytest.approx([decay(3), decay(7), decay(11)], rel=1e-6)
-
-    checkpoints = read_checkpoints(str(tmp_path / "ckpts"))
-    assert checkpoints[1] == Checkpoint(
-        str(tmp_path / "ckpts" / "00000008.weights.h5"), 8, 2, rates[1]
-    )
-    fresh = build()
-    for checkpoint, expected in zip(checkpoints, weights, strict=True):
-        load_weights(fresh, checkpoint.path)
-        for ours, theirs in zip(fresh.get_weights(), expected, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-
-
-def test_a_directory_on_another_file_system(tmp_path):
-    model = compiled()
-    fit(model, TracInCheckpoint(f"{PREFIX}{tmp_path}/ckpts"))
-    checkpoints = read_checkpoints(f"{PREFIX}{tmp_path}/ckpts")
-    assert [checkpoint.step for checkpoint in checkpoints] == [4, 8]
-    fresh = build()
-    load_weights(fresh, checkpoints[-1].path)
-    np.testing.assert_array_equal(fresh.get_weights()[0], model.get_weights()[0])
-    globbed = read_checkpoints(f"{PREFIX}{tmp_path}/ckpts/*.weights.h5", 0.5)
-    assert [checkpoint.step for checkpoint in globbed] == [4, 8]
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_the_rate_is_the_one_used_not_the_one_set_for_the_next_epoch(tmp_path, first):
-    halve = keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9)
-    ours = TracInCheckpoint(tmp_path)
-    fit(compiled(), *([halve, ours] if first else [ours, halve]), epochs=4)
-    # The first epoch sets the best, the second waits and halves, as do all after it.
-    expected = [RATE, RATE, RATE / 2, RATE / 4]
-    assert [entry["learning_rate"] for entry in listing(tmp_path)] == expected
-
-
-def test_a_learning_rate_scheduler(tmp_path):
-    scheduler = keras.callbacks.LearningRateScheduler(lambda epoch: RATE / (epoch + 1))
-    fit(compiled(), TracInCheckpoint(tmp_path), scheduler, epochs=3)
-    rates = [entry["learning_rate"] for entry in listing(tmp_path)]
-    assert rates == pytest.approx([RATE, RATE / 2, RATE / 3], rel=1e-6)
-
-
-def test_a_loss_scale_optimizer(tmp_path):
-    def scaled(rate):
-        return keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(rate))
-
-    fit(compiled(schedule(), scaled), TracInCheckpoint(tmp_path))
-    rates = [entry["learning_rate"] for entry in listing(tmp_path)]
-    assert rates == pytest.approx([decay(3), decay(7)], rel=1e-6)
-    assert saved_steps(tmp_path) == [4, 8]
-
-
-def test_accumulated_gradients(tmp_path):
-    def accumulating(rate):
-        return keras.optimizers.SGD(rate, gradient_accumulation_steps=3)
-
-    model = compiled(schedule(), accumulating)
-    saver = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
-    fit(model, TracInCheckpoint(tmp_path / "ckpts"), saver)
-    assert saved_steps(tmp_path / "ckpts") == [1, 2]  # updates, after batches 3 and 6
-    rates = [entry["learning_rate"] for entry in listing(tmp_path / "ckpts")]
-    assert rates == pytest.approx([decay(2), decay(5)], rel=1e-6)
-    read = [c.learning_rate for c in read_checkpoints(str(tmp_path / "*.keras"))]
-    assert read == pytest.approx(rates, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("save_freq", "execution", "expected"),
-    [(3, 1, [3, 6, 8]), (4, 1, [4, 8]), (5, 1, [5, 8]), (3, 2, [4, 8]), (100, 1, [8])],
-)
-def test_every_so_many_batches_and_the_last(tmp_path, save_freq, execution, expected):
-    fit(compiled(steps_per_execution=execution), TracInCheckpoint(tmp_path, save_freq))
-    assert saved_steps(tmp_path) == expected
-
-
-@pytest.mark.parametrize("save_freq", [0, -1, True, 2.0, "batch"])
-def test_a_wrong_save_freq(save_freq):
-    with pytest.raises(InputError, match="save_freq"):
-        TracInCheckpoint("ckpts", save_freq)
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize(("victim", "left"), [(".weights.h5", [4, 8]), ("checkpoints.json", [4])])
-def test_killed_in_the_middle_of_saving(tmp_path, monkeypatch, victim, left):
-    atomic_write = files.atomic_write
-
-    @contextlib.contextmanager
-    def dying(path):
-        with atomic_write(path) as handle:
-            yield handle
-            if path.endswith(victim) and (tmp_path / "00000008.weights.h5").exists():
-                raise Killed
-
-    monkeypatch.setattr(files, "atomic_write", dying)
-    with pytest.raises(Killed):
-        fit(compiled(), TracInCheckpoint(tmp_path), epochs=9)
-    assert [c.step for c in read_checkpoints(str(tmp_path))] == left
-    for checkpoint in read_checkpoints(str(tmp_path)):
-        load_weights(build(), checkpoint.path)
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
-
-
-def test_resumed_from_a_checkpoint(tmp_path):
-    straight = tmp_path / "straight"
-    keras.utils.set_random_seed(1)
-    fit(compiled(schedule()), TracInCheckpoint(straight), epochs=4)
-
-    resumed = tmp_path / "resumed"
-    keras.utils.set_random_seed(1)
-    fit(compiled(schedule()), TracInCheckpoint(resumed), epochs=3)
-    model = compiled(schedule())
-    model.optimizer.build(model.trainable_variables)
-    model.load_weights(resumed / "00000008.weights.h5")  # the third epoch is lost
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        fit(model, TracInCheckpoint(resumed), epochs=4, initial_epoch=2)
-    assert listing(resumed) == listing(straight)
-
-
-def test_resumed_by_a_callback_that_comes_later(tmp_path):
-    class Stop(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 2:
-                raise Killed
-
-    def callbacks():
-        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
-        return TracInCheckpoint(tmp_path / "ckpts"), backup
-
-    with pytest.raises(Killed):
-        fit(compiled(), *callbacks(), Stop(), epochs=4)
-    fit(compiled(), *callbacks(), epochs=4)
-    assert saved_steps(tmp_path / "ckpts") == [4, 8, 12, 16]
-    assert [entry["epoch"] for entry in listing(tmp_path / "ckpts")] == [1, 2, 3, 4]
-
-
-def test_fitted_twice(tmp_path):
-    model, callback = compiled(), TracInCheckpoint(tmp_path)
-    fit(model, callback)
-    fit(model, callback)
-    assert saved_steps(tmp_path) == [4, 8, 12, 16]
-
-
-def test_a_new_run_begins_the_list_anew_with_a_warning(tmp_path):
-    fit(compiled(), TracInCheckpoint(tmp_path), epochs=3)
-    with pytest.warns(UserWarning, match="3 checkpoints of another"):
-        fit(compiled(), TracInCheckpoint(tmp_path), epochs=1)
-    assert saved_steps(tmp_path) == [4]
-
+from tracin_beam.inputs.checkpoints import read_checkpoints
 
 # read_checkpoints, a directory
 
@@ -268,6 +59,17 @@ def without(item, key):
         ([entry(1, learning_rate="fast")], "entry 0 .*'fast'"),
         ([entry(1, learning_rate=-0.1)], "entry 0 .*-0.1"),
         ([entry(1, learning_rate=math.nan)], "entry 0 .*nan"),
+        ([entry(1, learning_rate=math.inf)], "entry 0 .*finite"),
+        ([entry(1, learning_rate=1e308)], "entry 0 .*1e.308: no training"),
+        ([entry(1, learning_rate=10**400)], "entry 0 .*no training"),
+        ([entry(1, learning_rate=True)], "entry 0 .*must be a number"),
+        ([entry(1, learning_rate=0), entry(2, learning_rate=0.0)], "every checkpoint is 0"),
+        ([entry(1), entry(2, path="1.weights.h5")], "listed twice, at steps 1 and 2"),
+        ([entry(1, step=-1)], "Entry 0 .*'step' must be from 0"),
+        ([entry(1, step=10**30)], "Entry 0 .*'step' must be from 0"),
+        ([entry(1, step=True)], "Entry 0 .*'step' is True"),
+        ([entry(1, step=math.nan)], "Entry 0 .*'step' is nan"),
+        ([entry(i) for i in range(10_001)], "lists 10001 checkpoints"),
         ([entry(1), entry(2, step=1)], "have the same step"),
         ([entry(2), entry(1)], "not in training order"),
     ],
@@ -278,7 +80,50 @@ def test_a_wrong_listing_names_entry_and_key(tmp_path, entries, message):
         read_checkpoints(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": 1}', "\x00"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../1.weights.h5",
+        "a/../../1.weights.h5",
+        "/etc/1.weights.h5",
+        "gs://bucket/1.weights.h5",
+        "file:///1.weights.h5",
+        "..\\1.weights.h5",
+        "./1.weights.h5",
+        "1\x00.weights.h5",
+        "1\n.weights.h5",
+        "",
+        "a//1.weights.h5",
+    ],
+)
+def test_a_listing_names_nothing_outside_its_folder(tmp_path, path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for where in (tmp_path / "a", tmp_path):
+        (where / "1.weights.h5").touch()
+    (folder / "checkpoints.json").write_text(json.dumps([entry(1, path=path)]))
+    with pytest.raises(InputError, match=r"Entry 0 .*below the directory"):
+        read_checkpoints(str(folder))
+    with pytest.raises(InputError, match=r"Entry 0 .*below the directory"):
+        fit(compiled(), TracInCheckpoint(folder))
+
+
+def test_a_listing_names_weights_alone_and_may_name_folders(tmp_path):
+    (tmp_path / "checkpoints.json").write_text(json.dumps([entry(1, path="checkpoints.json")]))
+    with pytest.raises(InputError, match="must end in"):
+        read_checkpoints(str(tmp_path))
+    (tmp_path / "a").mkdir()
+    write_listing(tmp_path, entry(1, path="a/1.weights.h5"))
+    assert read_checkpoints(str(tmp_path))[0].path == str(tmp_path / "a" / "1.weights.h5")
+
+
+def test_a_rate_of_zero_among_others_is_told(tmp_path, caplog):
+    write_listing(tmp_path, entry(1, learning_rate=0), entry(2))
+    assert [c.learning_rate for c in read_checkpoints(str(tmp_path))] == [0, 0.1]
+    assert "1.weights.h5" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "\x00", "[" * 100_000])
 def test_a_listing_that_is_not_one(tmp_path, text):
     (tmp_path / "checkpoints.json").write_text(text)
     with pytest.raises(InputError, match=r"checkpoints\.json"):
@@ -365,7 +210,7 @@ def test_files_that_cannot_be_checkpoints(tmp_path, uncompiled):
     with pytest.raises(InputError, match="No file matches"):
         read_checkpoints(str(tmp_path / "*.weights.h5"), 0.1)
     (tmp_path / "model.h5").touch()
-    with pytest.raises(InputError, match=r"model\.h5 .* must end in"):
+    with pytest.raises(InputError, match=r"model\.h5 is an HDF5 file of an older kind"):
         read_checkpoints(str(tmp_path / "*"), 0.1)
     (tmp_path / "model.weights.h5").write_bytes(b"text")
     with pytest.raises(InputError, match=r"model\.weights\.h5 cannot be read"):
@@ -436,6 +281,84 @@ def test_weights_files_whose_optimizer_did_not_train(tmp_path):
         model.save_weights(tmp_path / f"w-{number}.weights.h5")
     found = read_checkpoints(str(tmp_path / "*.weights.h5"), 0.1)
     assert [c.step for c in found] == [3, 20, 100]
+
+
+def stages(tmp_path):
+    """Weights of two stages of training, in training order: steps 4, 8 and 2, 4 of their own."""
+    model, paths = build(), []
+    for stage, batch_size in ((1, 2), (2, 4)):
+        name = f"{tmp_path}/s{stage}-e{{epoch}}.weights.h5"
+        saver = keras.callbacks.ModelCheckpoint(name, save_weights_only=True)
+        fit(compiled(model=model), saver, batch_size=batch_size)
+        paths += [name.format(epoch=epoch) for epoch in (1, 2)]
+    return paths
+
+
+def test_stages_of_training_are_taken_in_the_order_of_a_list(tmp_path):
+    paths = stages(tmp_path)
+    with pytest.raises(InputError, match=r"contradict the files' names: s2-e1.* list in training"):
+        read_checkpoints(str(tmp_path / "s*.weights.h5"), [0.5, 0.5, 0.25, 0.25])
+    found = read_checkpoints(",".join(paths), [0.5, 0.5, 0.25, 0.25])
+    assert [(c.path, c.step, c.learning_rate) for c in found] == [
+        *zip(paths, (4, 8, 10, 12), (0.5, 0.5, 0.25, 0.25), strict=True)
+    ]
+
+
+def test_names_that_begin_with_a_loss_may_fall(tmp_path):
+    model = compiled()
+    for loss, epoch in ((0.9, 1), (0.5, 2), (0.7, 3)):
+        fit(model, epochs=1)
+        model.save_weights(tmp_path / f"{loss}-{epoch}.weights.h5")
+    found = read_checkpoints(str(tmp_path / "*.weights.h5"), 0.1)
+    assert [c.step for c in found] == [4, 8, 12]
+
+
+def test_rates_of_keras_files_that_fall_are_doubted(tmp_path, caplog):
+    model = compiled()
+    fit(model, epochs=1)
+    model.save(tmp_path / "1.keras")
+    assert len(read_checkpoints(str(tmp_path / "*.keras"))) == 1
+    assert not caplog.text
+    model.optimizer.learning_rate = RATE / 2
+    fit(model, epochs=1)
+    model.save(tmp_path / "2.keras")
+    read_checkpoints(str(tmp_path / "*.keras"), 0.1)
+    assert not caplog.text
+    read_checkpoints(str(tmp_path / "*.keras"))
+    assert "those at the time of saving" in caplog.text
+
+
+def old_kinds(model, folder):
+    """Saves a model in all older ways; yields what a user would give for --checkpoints."""
+    model.save(folder / "whole.h5")
+    yield f"{folder}/whole.h5"
+    with h5py.File(folder / "weights.hdf5", "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, model)
+    yield f"{folder}/weights.hdf5"
+    prefix = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "tf" / "c")
+    yield from (prefix, f"{prefix}.index", f"{folder}/tf/c-*")
+    model.export(folder / "exported", verbose=False)
+    yield from (f"{folder}/exported", f"{folder}/exported/saved_model.pb")
+
+
+def test_older_kinds_are_named_with_the_lines_that_convert_them(tmp_path):
+    trained = compiled(model=build())
+    fit(trained, epochs=1)
+    for number, spec in enumerate(old_kinds(trained, tmp_path)):
+        with pytest.raises(
+            InputError, match=r"of an older kind|tf\.train\.Checkpoint|SavedModel"
+        ) as raised:
+            read_checkpoints(spec, 0.1)
+        lines = [line[4:] for line in str(raised.value).splitlines() if line.startswith("    ")]
+        assert len(lines) == 2, raised.value
+        exec("\n".join(lines), {"tf": tf, "model": build()})
+        [written] = set(tmp_path.rglob("*.weights.h5"))
+        model = build()
+        load_weights(model, str(read_checkpoints(str(written), 0.1)[0].path))
+        np.testing.assert_array_equal(model(X), trained(X), err_msg=str(number))
+        written.unlink()
+    with pytest.raises(InputError, match=r"give the path of one of them"):
+        read_checkpoints(str(tmp_path / "tf"), 0.1)
 
 
 def test_two_files_of_the_same_step(tmp_path):
@@ -585,7 +508,7 @@ def test_unreadable_paths(tmp_path):
     with pytest.raises(InputError, match="absent"):
         load_weights(build(), str(tmp_path / "absent.weights.h5"))
     with pytest.raises(InputError, match="must end in"):
-        load_weights(build(), str(tmp_path / "model.h5"))
+        load_weights(build(), str(tmp_path / "model.npz"))
 
 
 def test_needs_no_tensorflow_to_be_imported():

@@ -4,6 +4,7 @@ import pytest
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs import weights
+from tracin_beam.inputs.checkpoints import read_notes
 from tracin_beam.inputs.weights import WeightsLoader
 
 L = keras.layers
@@ -118,9 +119,9 @@ def test_two_weights_of_one_shape_in_a_layer(tmp_path):
     keras_loaded = make(("up", "down"))
     keras_loaded.load_weights(path)
     np.testing.assert_array_equal(keras_loaded(X), trained(X))
-    assert weights.read_notes(path) == {"a": 1}
+    assert read_notes(path) == {"a": 1}
     trained.save_weights(path)
-    assert weights.read_notes(path) == {}
+    assert read_notes(path) == {}
 
 
 class Hidden(L.Layer):

@@ -1,111 +1,324 @@
-"""A Keras callback that saves the checkpoints TracIn needs."""
+"""Saving the checkpoints TracIn needs: a Keras callback, and a function for other loops."""
 
 import os
-import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from tracin_beam.errors import InputError
-from tracin_beam.inputs.checkpoints import LISTING, read_entries
+from tracin_beam.inputs import weights
+from tracin_beam.inputs.checkpoints import (
+    LISTING,
+    WEIGHTS,
+    checked_rate,
+    first_ten,
+    read_entries,
+    read_notes,
+)
 from tracin_beam.storage import files
+
+# Numbers that are looked at after each step, to see whether the weights have changed since.
+_SAMPLED = 1 << 16
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    model: keras.Model,
+    step: int,
+    learning_rate: float,
+    epoch: int | None = None,
+) -> str:
+    """Saves a model's weights as the next checkpoint of a training loop of one's own.
+
+    Writes `<directory>/<step>.weights.h5` and then lists it in `<directory>/checkpoints.json`, as
+    `TracInCheckpoint` does. Both appear whole or not at all. No file is ever overwritten.
+
+        for step, (x, y) in enumerate(batches, start=1):
+            train(x, y)
+            if step % 1000 == 0:
+                save_checkpoint("ckpts", model, step, optimizer.learning_rate)
+
+    Args:
+        directory: a path on any file system that Beam knows.
+        model: a built model. `UserWarning` if a file of its weights leaves some out.
+        step: how many steps have been taken, over all stages of the training.
+        learning_rate: of the last step; a number, or a scalar tensor or variable.
+        epoch: how many epochs have been, if that is to be listed.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        InputError: the directory lists this step or a later one, or the learning rate is no finite
+            number of at least 0.
+    """
+    if isinstance(step, bool) or int(step) != step or step < 0:
+        raise InputError(f"step must be a whole number of at least 0, not {step!r}")
+    if callable(learning_rate) and not hasattr(learning_rate, "shape"):
+        raise InputError("learning_rate is a schedule: give its value at the last step")
+    rate = checked_rate(_number(learning_rate), "save_checkpoint")
+    entries = _entries(os.fspath(directory))
+    if entries and entries[-1]["step"] >= step:
+        raise InputError(
+            f"{files.join(os.fspath(directory), LISTING)} already lists step "
+            f"{entries[-1]['step']}, so step {step} cannot follow: count on from there, or choose "
+            "another directory"
+        )
+    return _write(os.fspath(directory), entries, model, int(step), rate, epoch, None)
+
+
+def _number(value: Any) -> float:
+    return float(weights.array(value))
+
+
+def _entries(directory: str) -> list[dict[str, Any]]:
+    return read_entries(directory) if files.exists(files.join(directory, LISTING)) else []
+
+
+def _write(
+    directory: str,
+    entries: list[dict[str, Any]],
+    model: keras.Model,
+    step: int,
+    learning_rate: float,
+    epoch: int | None,
+    iterations: int | None,
+) -> str:
+    """Saves the weights and appends an entry to these, in place and in the listing."""
+    if lost := weights.unsaved(model):
+        warnings.warn(
+            f"The checkpoint of step {step} is not enough to compute with. "
+            + weights.unsaved_reason(lost),
+            stacklevel=3,
+        )
+    names = [f"{step:08d}{WEIGHTS}", *(f"{step:08d}-{n}{WEIGHTS}" for n in range(2, 1000))]
+    name = next(n for n in names if not files.exists(files.join(directory, n)))
+    path = files.join(directory, name)
+    notes = {
+        "step": step,
+        "learning_rate": learning_rate,
+        "iterations": iterations,
+        "weights": weights.digest(model),
+    }
+    weights.save(model, path, notes)
+    entry = {"path": name, "step": step, "epoch": epoch, "learning_rate": learning_rate}
+    entries.append(entry)
+    files.write_json(files.join(directory, LISTING), entries)
+    return path
 
 
 class TracInCheckpoint(keras.callbacks.Callback):
     """Saves the model's weights as it trains, with the learning rate that the last step used.
 
-    Writes `<directory>/<step>.weights.h5`, where `step` is the optimizer's step count in eight
-    digits, and then lists it in `<directory>/checkpoints.json`. Both appear whole or not at all, so
-    the directory can be read at any moment, whenever the training may have been killed. Keras can
-    resume from the weights, which hold the optimizer's state.
+    Writes `<directory>/<step>.weights.h5`, where `step` in eight digits is how many steps the
+    optimizer has taken, and then lists it in `<directory>/checkpoints.json`. Both appear whole or
+    not at all, so the directory can be read at any moment, whenever the training may have been
+    killed. Keras can resume from the weights, which hold the optimizer's state.
 
-    When training begins anew the list begins anew, with a warning if there was one. When it
-    resumes, which shows in the optimizer's step count, the entries up to that step stay.
+    A training that begins with the weights of a listed checkpoint goes on from it: resumed, or
+    another stage that was compiled anew. The steps count on, and later entries of the list, which
+    belong to a training that was given up, are left out of it. No file is ever overwritten.
+
+    Put it first in the list of callbacks, before any that swaps averaged weights in.
 
     Args:
         directory: a path on any file system that Beam knows.
         save_freq: "epoch" to save after each epoch; or a number of batches, and then the final step
             is saved as well. As `keras.callbacks.ModelCheckpoint`, it counts on over epochs, and
             with `steps_per_execution` looks only after each execution.
+        optimizer: the one that trains the weights that count, if not `model.optimizer`, as in a
+            `train_step` of one's own.
+        learning_rate: to be listed instead of the optimizer's: a number, or a function of how many
+            steps were taken before, as a `LearningRateSchedule`. Needed where no Keras optimizer
+            counts steps: then batches are counted.
+
+    Raises:
+        InputError: from `fit`: the directory holds the checkpoints of another training, the
+            optimizer is not the one that trains, or another callback has changed the weights
+            before they could be saved.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], save_freq: str | int = "epoch"):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        save_freq: str | int = "epoch",
+        *,
+        optimizer: keras.optimizers.Optimizer | None = None,
+        learning_rate: float | Callable[[int], Any] | None = None,
+    ):
         super().__init__()
         whole = isinstance(save_freq, int) and not isinstance(save_freq, bool) and save_freq > 0
         if not (save_freq == "epoch" or whole):
             raise InputError(f"save_freq must be 'epoch' or a number of batches, not {save_freq!r}")
+        if not isinstance(optimizer, keras.optimizers.Optimizer | None):
+            raise InputError(f"optimizer must be a Keras optimizer, not {optimizer!r}")
+        if learning_rate is not None and not callable(learning_rate):
+            checked_rate(learning_rate, "TracInCheckpoint")
         self.directory = os.fspath(directory)
         self.save_freq = save_freq
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
         self._listing = files.join(self.directory, LISTING)
         self._entries: list[dict[str, Any]] | None = None
-        self._learning_rate: float | None = None  # of the last step, None before it
-        self._epoch = 0
-        self._batch = -1
-        self._unsaved_batches = 0
+        self._stepped = False
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        self._entries, self._learning_rate, self._unsaved_batches = None, None, 0
+        self._entries = None
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._epoch, self._batch = epoch, -1
         if self._entries is None:  # only now have other callbacks restored what they restore
-            self._entries = self._kept_entries()
+            self._begin()
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        # Read here: by the end of the epoch other callbacks may have set the next epoch's.
-        self._learning_rate = _last_learning_rate(self.model.optimizer)
+        self._batches += batch - self._batch
         self._unsaved_batches += batch - self._batch
         self._batch = batch
+        self._trained = self._sample()
+        self._stepped = self._stepped or self._count() != self._first_count
+        if not self._stepped and self.learning_rate is None and self._changed(self._first):
+            raise InputError(self._not_the_optimizer())
+        # Read here: by the end of the epoch other callbacks may have set the next epoch's.
+        self._rate = self._last_rate()
         if self.save_freq != "epoch" and self._unsaved_batches >= int(self.save_freq):
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         if self.save_freq == "epoch":
-            self._save()
+            self._save(first_may_fail=True)
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        if self.save_freq != "epoch" and self._unsaved_batches:
+        if self.save_freq != "epoch" and self._entries is not None and self._unsaved_batches:
             self._save()
 
-    def _step(self) -> int:
-        return int(self.model.optimizer.iterations)
+    def _begin(self) -> None:
+        many = getattr(keras.optimizers, "MultiOptimizer", ())  # not in older Keras
+        if self.learning_rate is None and isinstance(self._optimizer(), many):
+            raise InputError(
+                "A MultiOptimizer has many learning rates: give TracInCheckpoint the one that "
+                "counts, by optimizer= or learning_rate="
+            )
+        self._batches = self._unsaved_batches = 0
+        self._first_count, self._first = self._count(), self._sample()
+        self._stepped, self._saved, self._trained = False, False, self._first
+        self._entries, self._first_step = self._history()
 
-    def _kept_entries(self) -> list[dict[str, Any]]:
-        if not files.exists(self._listing):
-            return []
-        entries = read_entries(self.directory)
-        step = self._step()
-        kept = [entry for entry in entries if step and entry["step"] <= step]
-        if entries and not step:
+    def _optimizer(self) -> keras.optimizers.Optimizer | None:
+        return self.optimizer or getattr(self.model, "optimizer", None)
+
+    def _count(self) -> int:
+        optimizer = self._optimizer()
+        return int(weights.array(optimizer.iterations)) if optimizer is not None else 0
+
+    def _last_rate(self) -> float:
+        if callable(self.learning_rate):
+            taken = self._count() if self._stepped else self._batches
+            return _number(self.learning_rate(max(taken - 1, 0)))
+        if self.learning_rate is not None:
+            return float(self.learning_rate)
+        optimizer = self._optimizer()
+        return _last_learning_rate(optimizer) if optimizer is not None else 0.0
+
+    def _sample(self) -> list[np.ndarray]:
+        """The smallest trainable weights."""
+        found: list[np.ndarray] = []
+        numbers = 0
+        for variable in sorted(self.model.trainable_variables, key=lambda v: np.prod(v.shape)):
+            numbers += int(np.prod(variable.shape))
+            if found and (len(found) == 3 or numbers > _SAMPLED):
+                break
+            found.append(np.array(weights.array(variable), np.float64))
+        return found
+
+    def _changed(self, others: list[np.ndarray], tolerance: float = 0.0) -> bool:
+        """Whether the weights after the last step were others than these."""
+        return any(
+            np.abs(a - b).max(initial=0) > tolerance * np.abs(a).max(initial=0)
+            for a, b in zip(self._trained, others, strict=True)
+        )
+
+    def _history(self) -> tuple[list[dict[str, Any]], int]:
+        """The entries that this training goes on from, and how many steps came before it."""
+        entries, count = _entries(self.directory), self._first_count
+        if not entries:
+            return [], count
+        present = weights.digest(self.model)
+        for number in reversed(range(len(entries))):
+            path = files.join(self.directory, entries[number]["path"])
+            notes = read_notes(path) if files.exists(path) else {}
+            if notes.get("weights") == present:
+                kept, step = entries[: number + 1], entries[number]["step"]
+                break
+            if number == len(entries) - 1:
+                before = notes.get("iterations")
+                offset = entries[-1]["step"] - before if isinstance(before, int) else 0
+        else:
+            step = offset + count
+            kept = [entry for entry in entries if entry["step"] <= step]
+            if not (count and kept):
+                raise InputError(
+                    f"{self._listing} lists {len(entries)} checkpoints, and the model that begins "
+                    "to train has the weights of none of them: choose another directory, remove "
+                    "what is in this one, or load the weights of the one to go on from"
+                )
+        if left := [str(entry["step"]) for entry in entries if entry not in kept]:
             warnings.warn(
-                f"{self._listing} listed {len(entries)} checkpoints of another training run. This "
-                "one begins at step 0, so the list begins anew",
+                f"The training goes on from step {step}, so {self._listing} will no longer list "
+                f"what came after it: step {first_ten(left)}. The files stay",
                 stacklevel=2,
             )
-        if kept != entries:  # before their files are overwritten
-            files.write_json(self._listing, kept)
-        return kept
+        return kept, step
 
-    def _save(self) -> None:
-        if self._learning_rate is None or self._entries is None:  # no step was taken
+    def _save(self, first_may_fail: bool = False) -> None:
+        assert self._entries is not None
+        count = self._count()
+        if not self._stepped and not self._changed(self._first):  # no step was taken
             return
-        step = self._step()
-        name = f"{step:08d}.weights.h5"
-        with tempfile.TemporaryDirectory() as folder:
-            local = os.path.join(folder, name)
-            self.model.save_weights(local)
-            files.upload(local, files.join(self.directory, name))
-        entry = {
-            "path": name,
-            "step": step,
-            "epoch": self._epoch + 1,
-            "learning_rate": self._learning_rate,
-        }
-        self._entries = [entry for entry in self._entries if entry["step"] < step] + [entry]
-        files.write_json(self._listing, self._entries)
-        self._unsaved_batches = 0
+        taken = count - self._first_count if self._stepped else self._batches
+        step = self._first_step + taken
+        if self._entries and self._entries[-1]["step"] >= step:
+            return
+        # Swapping weights to and fro, as around a validation, may leave errors of rounding.
+        if self._changed(self._sample(), 1e-5):
+            message = (
+                f"Another callback has changed the weights after step {step}, so they are not "
+                "those that were trained: put TracInCheckpoint before callbacks that swap averaged "
+                "or restored weights in, and after those that change the weights with each step"
+            )
+            if first_may_fail and not self._saved:
+                raise InputError(message)
+            warnings.warn(message + ". This checkpoint is not saved", stacklevel=2)
+            return
+        rate = checked_rate(self._rate, "TracInCheckpoint")
+        _write(
+            self.directory,
+            self._entries,
+            self.model,
+            step,
+            rate,
+            self._epoch + 1,
+            count if self._stepped else None,
+        )
+        self._saved, self._unsaved_batches = True, 0
+
+    def _not_the_optimizer(self) -> str:
+        optimizer = self._optimizer()
+        others = [
+            f"{name} ({type(value).__name__})"
+            for name, value in vars(self.model).items()
+            if isinstance(value, keras.optimizers.Optimizer)
+            and value is not optimizer
+            and int(weights.array(value.iterations))
+        ]
+        which = "The optimizer given" if self.optimizer is not None else "model.optimizer"
+        return (
+            f"{which} ({type(optimizer).__name__}) has taken no step, though the weights have "
+            "changed: it is not the one that trains them. Give TracInCheckpoint optimizer= or "
+            "learning_rate=" + (f"; the model also has {', '.join(others)}" if others else "")
+        )
 
 
 def _last_learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
@@ -117,7 +330,7 @@ def _last_learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         # Schedules count every batch, iterations only the groups whose gradients were accumulated.
         every = optimizer.gradient_accumulation_steps or 1
-        rate = rate(max(int(optimizer.iterations) * every - 1, 0))
+        rate = rate(max(int(weights.array(optimizer.iterations)) * every - 1, 0))
     else:
         rate = optimizer.learning_rate
-    return float(keras.ops.convert_to_numpy(rate))
+    return _number(rate)

@@ -3,6 +3,8 @@
 import contextlib
 import inspect
 import itertools
+import json
+import logging
 import math
 import os
 import re
@@ -17,9 +19,16 @@ from tracin_beam.storage import files, patterns
 if TYPE_CHECKING:
     import h5py
 
+_log = logging.getLogger(__name__)
+
 LISTING = "checkpoints.json"
 WEIGHTS = ".weights.h5"
 MODEL = ".keras"
+# The attribute of a weights file's root in which `weights.save` puts its notes, as JSON.
+NOTES = "tracin_beam"
+# No training has a larger learning rate; products of gradients with one would overflow.
+_LARGEST_RATE = 1e6
+_MOST_ENTRIES = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,17 +47,20 @@ def read_checkpoints(
     """Finds the checkpoints of a training run, in training order.
 
     Args:
-        spec: a directory that `TracInCheckpoint` wrote; or a glob, or a comma separated list, of
-            the `.weights.h5` or `.keras` files that Keras's `ModelCheckpoint` writes. Such files
-            are put in the order of their optimizer's step counts if all hold one, else of their
-            names with numbers taken as numbers; then `step` is the first number in their base names
-            if that rises strictly, else 1, 2, ...
+        spec: a directory that `TracInCheckpoint` or `save_checkpoint` wrote; or a glob, or a comma
+            separated list, of `.weights.h5` or `.keras` files. A list of paths is in training
+            order. What a glob finds is put in the order of the steps that the files know (those
+            that this package wrote do, others from their optimizer), or else of their names with
+            numbers taken as numbers; then `step` is the first number in their base names if that
+            rises strictly, else 1, 2, ...
         learning_rate: one for all checkpoints, or one for each in training order. Needed for
-            `.weights.h5` files; `.keras` files know theirs, unless its schedule is not Keras's own.
+            `.weights.h5` files of others; `.keras` files know theirs, unless its schedule is not
+            Keras's own.
 
     Raises:
         InputError: there is no checkpoint, one cannot be read, its learning rate is not known or
-            not a number of at least 0, or two have the same step.
+            not a number from 0 to a million, or all are 0; two have the same step or are the same
+            file; or their order is not certain.
     """
     if files.exists(listing := files.join(spec, LISTING)):
         checkpoints = _read_listing(spec, listing, learning_rate)
@@ -56,9 +68,22 @@ def read_checkpoints(
         checkpoints = _read_files(spec, learning_rate)
     else:
         raise InputError(
-            f"There is no {LISTING} in {spec!r}: give a directory that TracInCheckpoint wrote, or "
-            f"a glob of {WEIGHTS} or {MODEL} files, such as '{files.join(spec, '*' + WEIGHTS)}'"
+            _other_kind(spec)
+            or f"There is no {LISTING} in {spec!r}: give a directory that TracInCheckpoint wrote, "
+            f"or a glob of {WEIGHTS} or {MODEL} files, such as '{files.join(spec, '*' + WEIGHTS)}'"
         )
+    _check_history(checkpoints)
+    return checkpoints
+
+
+def _check_history(checkpoints: Sequence[Checkpoint]) -> None:
+    seen: dict[str, Checkpoint] = {}
+    for one in checkpoints:
+        other = seen.setdefault(files.absolute(one.path), one)
+        if other is not one:
+            raise InputError(
+                f"{one.path} is listed twice, at steps {other.step} and {one.step}: leave one out"
+            )
     for earlier, later in itertools.pairwise(checkpoints):
         if earlier.step >= later.step:
             relation = (
@@ -66,9 +91,17 @@ def read_checkpoints(
             )
             raise InputError(
                 f"{earlier.path} (step {earlier.step}) and {later.path} (step {later.step}) "
-                f"{relation}: leave one out, or put them right"
+                f"{relation}: leave one out, or put them right. Files of several stages of a "
+                "training are taken as a comma separated list, in training order"
             )
-    return checkpoints
+    useless = [one.path for one in checkpoints if not one.learning_rate]
+    if len(useless) == len(checkpoints):
+        raise InputError(
+            f"The learning rate of every checkpoint is 0 ({first_ten(useless)}), so every score "
+            "would be 0: give those that were used"
+        )
+    if useless:
+        _log.warning("Of learning rate 0, so they count nothing: %s", first_ten(useless))
 
 
 def _read_listing(
@@ -87,13 +120,14 @@ def _read_listing(
     checkpoints = []
     for i, (entry, given) in enumerate(zip(entries, rates, strict=True)):
         path = files.join(directory, entry["path"])
+        check_suffix(path)
         if not files.exists(path):
             raise InputError(
                 f"{path} is missing, but entry {i} of {listing} names it: bring it back, or "
                 "delete the entry"
             )
         rate = given if given is not None else entry.get("learning_rate")
-        rate = _checked_rate(rate, f"entry {i} of {listing}")
+        rate = checked_rate(rate, f"entry {i} of {listing}")
         checkpoints.append(Checkpoint(path, entry["step"], entry.get("epoch"), rate))
     return checkpoints
 
@@ -110,6 +144,8 @@ def read_entries(directory: str) -> list[dict[str, Any]]:
         raise InputError(
             f"{listing} must be a list of checkpoints, but is a {type(entries).__name__}"
         )
+    if len(entries) > _MOST_ENTRIES:
+        raise InputError(f"{listing} lists {len(entries)} checkpoints, more than {_MOST_ENTRIES}")
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise InputError(f"Entry {i} of {listing} must be an object, not {entry!r}")
@@ -119,6 +155,16 @@ def read_entries(directory: str) -> list[dict[str, Any]]:
                 raise InputError(
                     f"Entry {i} of {listing}: {what}, it must be of type {kind.__name__}"
                 )
+        if not 0 <= entry["step"] < 1 << 63:
+            raise InputError(f"Entry {i} of {listing}: 'step' must be from 0 to 2^63")
+        path = entry["path"]
+        # The file may come from elsewhere: it names nothing outside its folder.
+        parts = path.split("/")
+        if not path.isprintable() or not path or "\\" in path or {"", ".", ".."} & set(parts):
+            raise InputError(
+                f"Entry {i} of {listing}: 'path' is {path[:200]!r}, it must be a path below the "
+                "directory, relative to it"
+            )
         if not isinstance(entry.get("epoch"), int | None):
             raise InputError(
                 f"Entry {i} of {listing}: 'epoch' is {entry['epoch']!r}, it must be an int"
@@ -141,44 +187,154 @@ def _given_rates(
     return learning_rate
 
 
-def _checked_rate(rate: Any, where: str) -> float:
+def checked_rate(rate: Any, where: str) -> float:
+    """A learning rate as a float, if it is one that a training may have.
+
+    Raises:
+        InputError: it is not, or not known; the message says of what (`where`).
+    """
     if rate is None:
         raise InputError(f"No learning rate is known for {where}: give it with --learning_rate")
     if not isinstance(rate, int | float) or isinstance(rate, bool):
         raise InputError(f"The learning rate of {where} must be a number, not {rate!r}")
-    if not (math.isfinite(rate) and rate >= 0):
+    if not 0 <= rate < math.inf:
         raise InputError(
             f"The learning rate of {where} is {rate}: it must be finite and at least 0"
+        )
+    if rate > _LARGEST_RATE:
+        raise InputError(
+            f"The learning rate of {where} is {str(rate)[:20]}: no training has one above "
+            f"{_LARGEST_RATE:g}. Give the one that was used"
         )
     return float(rate)
 
 
 def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> list[Checkpoint]:
-    paths = [info.path for info in patterns.match(spec)]
+    each = [patterns.match(part) for part in patterns.split(spec)]
+    listed = len(each) > 1 and all(len(found) == 1 for found in each)
+    infos = [found[0] for found in each] if listed else patterns.match(spec)
+    paths = [info.path for info in infos]
     for path in paths:
         check_suffix(path)
-    steps: dict[str, int | None] = {path: _iterations(path) for path in paths}
-    counted = {path: step for path, step in steps.items() if step is not None}
+    headers = {path: _header(path) for path in paths}
+    notes = {path: header[0] for path, header in headers.items()}
+    counts = {path: header[1] for path, header in headers.items()}
+    known = [notes[path].get("step", counts[path]) for path in paths]
+    steps = [step for step in known if isinstance(step, int)]
     # They are all 0 where the optimizer was not what trained the model.
-    if len(counted) == len(paths) and any(counted.values()):
-        paths.sort(key=lambda path: counted[path])
+    if len(steps) < len(paths) or not any(steps):
+        if not listed:
+            paths.sort(key=_natural_key)
+        steps = _steps_in_names(paths) or list(range(1, len(paths) + 1))
+    elif listed:
+        steps = _counted_on(steps)
     else:
-        paths.sort(key=_natural_key)
-        counted = dict(zip(paths, _steps_in_names(paths) or itertools.count(1), strict=False))
+        by_path = dict(zip(paths, steps, strict=True))
+        if not all("step" in notes[path] for path in paths):
+            _check_one_count(by_path)
+        paths.sort(key=by_path.__getitem__)
+        steps = [by_path[path] for path in paths]
     rates = _given_rates(learning_rate, len(paths))
     checkpoints = []
-    for path, given in zip(paths, rates, strict=True):
-        rate = given if given is not None else _stored_rate(path, steps[path])
-        checkpoints.append(Checkpoint(path, counted[path], None, _checked_rate(rate, path)))
+    for path, step, given in zip(paths, steps, rates, strict=True):
+        rate = given if given is not None else notes[path].get("learning_rate")
+        rate = rate if rate is not None else _stored_rate(path, counts[path])
+        checkpoints.append(Checkpoint(path, step, None, checked_rate(rate, path)))
+    stored = {c.learning_rate for c in checkpoints if c.path.endswith(MODEL)}
+    if learning_rate is None and len(stored) > 1:
+        _log.warning(
+            "The learning rates in %s files are those at the time of saving. A callback that "
+            "lowers the rate at the end of an epoch may have done so before: if there was one, "
+            "give the rates that were used with --learning_rate",
+            MODEL,
+        )
     return checkpoints
 
 
+def _counted_on(steps: Sequence[int]) -> list[int]:
+    """Steps over several stages of training, in each of which an optimizer began to count anew."""
+    total: list[int] = []
+    offset = 0
+    for before, step in itertools.pairwise([-1, *steps]):
+        if step <= before:
+            offset = total[-1]
+        total.append(offset + step)
+    return total
+
+
+def _check_one_count(steps: dict[str, int]) -> None:
+    """Refuses files whose optimizers may have counted in several stages of a training.
+
+    Of one count there is no doubt where the files' names, or a number in them, rise with it.
+    """
+    paths = sorted(steps, key=lambda path: (steps[path], _natural_key(path)))
+    names = [[int(n) for n in re.findall(r"\d+", os.path.basename(path))] for path in paths]
+    rising = [all(a < b for a, b in itertools.pairwise(x)) for x in zip(*names, strict=False)]
+    if sorted(paths, key=_natural_key) != paths and not any(rising):
+        shown = [f"{os.path.basename(path)} (step {steps[path]})" for path in paths]
+        raise InputError(
+            f"The steps that the files' optimizers have counted contradict the files' names: "
+            f"{first_ten(shown)}. If they are of several stages of a training, each with an "
+            "optimizer of its own, give the paths as a comma separated list in training order"
+        )
+
+
 def check_suffix(path: str) -> None:
+    """Raises an InputError if a path is not that of a `.weights.h5` or `.keras` file."""
     if not path.endswith((WEIGHTS, MODEL)):
         raise InputError(
-            f"{path} is not a checkpoint that can be read: its name must end in {WEIGHTS} or "
+            _other_kind(path)
+            or f"{path} is not a checkpoint that can be read: its name must end in {WEIGHTS} or "
             f"{MODEL}. Save others again with model.save_weights"
         )
+
+
+def _other_kind(path: str) -> str | None:
+    """What to do about a checkpoint of an older kind, if it is one."""
+    folder = path.removesuffix("/")
+    prefix = re.sub(r"\.(index|data-\d+-of-\d+)$", "", folder)
+    if folder.endswith("saved_model.pb") or files.exists(files.join(folder, "saved_model.pb")):
+        model = folder.removesuffix("saved_model.pb").removesuffix("/")
+        return _convert(
+            path,
+            "a SavedModel",
+            f"pairs = zip(model.variables, tf.saved_model.load({model!r}).variables, strict=True); "
+            "[ours.assign(theirs) for ours, theirs in pairs]",
+            model,
+        )
+    if prefix != folder or files.exists(prefix + ".index"):
+        restored = f"tf.train.Checkpoint(model=model).restore({prefix!r})"
+        return _convert(
+            path,
+            "a checkpoint of tf.train.Checkpoint",
+            f"{restored}.assert_existing_objects_matched()",
+            prefix,
+        )
+    if os.path.basename(folder) == "checkpoint" or files.exists(files.join(folder, "checkpoint")):
+        return (
+            f"{path} belongs to checkpoints of tf.train.Checkpoint: give the path of one of them "
+            "(a file that ends in .index), to be told how to make a weights file of it"
+        )
+    if folder.endswith((".h5", ".hdf5")):
+        load = f"model.load_weights({folder!r})"
+        return _convert(path, "an HDF5 file of an older kind", load, re.sub(r"\.\w+$", "", folder))
+    return None
+
+
+def _convert(path: str, kind: str, load: str, stem: str) -> str:
+    return (
+        f"{path} is {kind}. Make a weights file of it, with the model as the task builds it:\n"
+        f"    {load}\n    model.save_weights({stem + WEIGHTS!r})"
+    )
+
+
+def read_notes(path: str) -> dict[str, Any]:
+    """What `weights.save` noted in a file: its step, learning rate and others; of others nothing.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return _header(path)[0]
 
 
 def _natural_key(path: str) -> list[Any]:
@@ -196,7 +352,7 @@ def _steps_in_names(paths: Sequence[str]) -> list[int] | None:
 
 @contextlib.contextmanager
 def _open_weights(path: str) -> Iterator["h5py.File"]:
-    """Opens the HDF5 file of weights that a checkpoint is, or holds. Damage is an `InputError`."""
+    """Opens the HDF5 file that a checkpoint is, or holds, to read a little of it."""
     import h5py
 
     with naming_damage(path), contextlib.ExitStack() as stack:
@@ -209,6 +365,7 @@ def _open_weights(path: str) -> Iterator["h5py.File"]:
 
 @contextlib.contextmanager
 def naming_damage(path: str) -> Iterator[None]:
+    """Makes an InputError of whatever reading a damaged checkpoint raises."""
     try:
         yield
     except InputError:
@@ -222,11 +379,13 @@ def naming_damage(path: str) -> Iterator[None]:
         ) from error
 
 
-def _iterations(path: str) -> int | None:
-    """The optimizer's count of gradient applications, if the file holds it."""
+def _header(path: str) -> tuple[dict[str, Any], int | None]:
+    """A file's notes, and its optimizer's count of gradient applications, if it holds that."""
     import h5py
 
     with _open_weights(path) as file:
+        notes = json.loads(file.attrs.get(NOTES, "{}"))
+        notes = notes if isinstance(notes, dict) else {}
         for name in ("optimizer/inner_optimizer/vars/0", "optimizer/vars/0"):
             variable = file.get(name)
             if (
@@ -234,8 +393,8 @@ def _iterations(path: str) -> int | None:
                 and variable.shape == ()
                 and variable.dtype.kind in "iu"
             ):
-                return int(variable[()])
-    return None
+                return notes, int(variable[()])
+    return notes, None
 
 
 def _stored_rate(path: str, iterations: int | None) -> Any:

@@ -30,13 +30,17 @@ from keras.src.saving import saving_lib
 from keras.src.utils.naming import to_snake_case
 
 from tracin_beam.errors import InputError
-from tracin_beam.inputs.checkpoints import MODEL, WEIGHTS, check_suffix, first_ten, naming_damage
+from tracin_beam.inputs.checkpoints import (
+    MODEL,
+    NOTES,
+    WEIGHTS,
+    check_suffix,
+    first_ten,
+    naming_damage,
+)
 from tracin_beam.storage import files
 
 _log = logging.getLogger(__name__)
-
-# The attribute of a file's root with what `save` knows beside the weights.
-_NOTES = "tracin_beam"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +140,10 @@ def variables(model: keras.Model) -> list[keras.Variable]:
     return [v for v in model.variables if not _is_random_state(v)]
 
 
-def _array(value: Any) -> np.ndarray:
+def array(value: Any) -> np.ndarray:
+    """The value of a number, a tensor or a variable, also of one that is on several devices."""
+    if hasattr(value, "numpy"):
+        return np.asarray(value.numpy())
     return np.asarray(keras.ops.convert_to_numpy(value))
 
 
@@ -167,11 +174,11 @@ def unsaved(model: keras.Model) -> list[keras.Variable]:
     copies = collections.defaultdict(list)
     for value in stored:
         if not isinstance(value, keras.Variable):
-            copies[tuple(value.shape)].append(_array(value))
+            copies[tuple(value.shape)].append(array(value))
     return [
         v
         for v in missing
-        if not any(np.array_equal(copy, _array(v)) for copy in copies[tuple(v.shape)])
+        if not any(np.array_equal(copy, array(v)) for copy in copies[tuple(v.shape)])
     ]
 
 
@@ -179,7 +186,7 @@ def digest(model: keras.Model) -> str:
     """Identifies the values of a model's weights."""
     found = hashlib.blake2b(digest_size=16)
     for variable in variables(model):
-        value = np.ascontiguousarray(_array(variable))
+        value = np.ascontiguousarray(array(variable))
         found.update(f"{value.dtype}{value.shape}".encode())
         found.update(value.view(np.uint8).data if value.size and value.ndim else value.tobytes())
     return found.hexdigest()
@@ -191,7 +198,7 @@ def save(model: keras.Model, path: str, notes: Mapping[str, Any]) -> None:
     Args:
         model: a built model. Its optimizer's state is saved with it.
         path: on any file system; the file appears there whole or not at all.
-        notes: plain values, which `read_notes` gives back.
+        notes: plain values, which `checkpoints.read_notes` gives back.
     """
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "model" + WEIGHTS)
@@ -201,20 +208,8 @@ def save(model: keras.Model, path: str, notes: Mapping[str, Any]) -> None:
                 for key, value in group.values.items():
                     if isinstance(value, keras.Variable):
                         file[_dataset(place, key)].attrs["name"] = value.name
-            file.attrs[_NOTES] = json.dumps(notes)
+            file.attrs[NOTES] = json.dumps(notes)
         files.upload(local, path)
-
-
-def read_notes(path: str) -> dict[str, Any]:
-    """The notes of a file that `save` wrote; none of any other.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    with _open(path) as file:
-        notes = file.attrs.get(_NOTES)
-        found = json.loads(notes) if isinstance(notes, str) else {}
-        return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager
@@ -450,7 +445,7 @@ class WeightsLoader:
             return _Arrays(values, read)
 
         self._load(arrays)
-        return [zlib.crc32(np.ascontiguousarray(_array(v)).tobytes()) for v in self._variables]
+        return [zlib.crc32(np.ascontiguousarray(array(v)).tobytes()) for v in self._variables]
 
     def _load(self, arrays: Callable[[str], Mapping[str, np.ndarray]]) -> None:
         failures: dict[int, Any] = {}
@@ -553,7 +548,7 @@ class WeightsLoader:
     def _check_numbers(self, path: str) -> None:
         trained = {id(v) for v in self._model.trainable_variables}
         for variable in self._variables:
-            value = _array(variable)
+            value = array(variable)
             if value.dtype.kind in "iub":
                 continue
             value = value.astype(np.float32, copy=False)

@@ -270,7 +270,7 @@ def parse_json(content: bytes, where: str) -> Any:
     """Parses JSON that came from `where`, which an `InputError` names if it is not JSON."""
     try:
         return json.loads(content)
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise InputError(f"{where} is not valid JSON ({error}): mend or remove it") from error
 
 
