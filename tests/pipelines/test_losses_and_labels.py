@@ -138,3 +138,39 @@ def test_a_kind_that_there_is_not(said):
     status, words = said(("loss, parse)", "loss, parse, kind='classes')"))
     assert status == 2
     assert "take one of classification, multilabel, regression, other" in words
+
+
+@pytest.mark.parametrize("feature", ["tf.io.RaggedFeature", "tf.io.VarLenFeature"])
+def test_features_of_varying_length(tiny, said, feature):
+    # Without its zeros each vector is shorter; the mean over it then depends on padding.
+    status, words = said(
+        ('"x": tf.io.FixedLenFeature([4], tf.float32)', f'"x": {feature}(tf.float32)'),
+        ('keras.Input((4,)), ', 'keras.Input((None,)), keras.layers.Reshape((-1, 1)), '
+         'keras.layers.GlobalAveragePooling1D(), keras.layers.Lambda(lambda x: x ** '
+         'tf.constant([[1.0, 2.0, 3.0, 4.0]])), '),
+        stage="influence",
+    )  # fmt: skip
+    assert status == 0, words
+    assert "depends on the padding of a batch" in words
+    trains = {row.id: row for row in tiny.good("train")}
+    means = np.float32([row.x.mean() for row in trains.values()])
+    weights = tiny.weights[-1]
+    logits = means[:, None] ** np.arange(1, 5) @ weights[0] + weights[1]
+    predicted = dict(zip(trains, logits.argmax(axis=1), strict=True))
+    for row in t.table(tiny.out / "influence" / "test"):
+        assert row["train_prediction"] == predicted[row["train_id"]]
+
+
+def test_padding_that_parse_makes_and_the_model_does_not_mask(tiny, said):
+    for i, row in enumerate(tiny.shards["train-0.tfrecord"]):
+        tiny.shards["train-0.tfrecord"][i] = row.but(x=row.x[: 1 + i % 4])
+    tiny.write("train-0.tfrecord", tiny.shards["train-0.tfrecord"])
+    status, words = said(
+        ('"x": tf.io.FixedLenFeature([4], tf.float32)', '"x": tf.io.RaggedFeature(tf.float32)'),
+        ('"features": example["x"]', '"features": example["x"].to_tensor()'),
+        ('keras.Input((4,)), ', 'keras.Input((None,)), keras.layers.Reshape((-1, 1)), '
+         'keras.layers.GlobalAveragePooling1D(), keras.layers.Lambda(lambda x: x ** '
+         'tf.constant([[1.0, 2.0, 3.0, 4.0]])), '),
+    )  # fmt: skip
+    assert status == 2
+    assert "parse pads the records of a batch to one length" in words

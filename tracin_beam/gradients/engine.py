@@ -27,6 +27,7 @@ from tracin_beam.gradients import (
     independence,
     kinds,
     nests,
+    padding,
     projections,
     quantities,
 )
@@ -40,6 +41,10 @@ from tracin_beam.inputs.weights import WeightsLoader
 _VALUES_BYTES = 2 << 30
 # What a batch's outputs and gradients may take, the latter where they have to be written out.
 _BATCH_BYTES = 1 << 30
+# What of an example parse gives besides its id.
+_EXAMPLE = ("features", "label", "sample_weight")
+# Examples of one length that are computed together where they must not be padded.
+_OF_ONE_LENGTH = 8
 # By how much ‖∇ℓ‖² may differ between batch sizes, by the dtype that a layer computes in.
 _TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
 
@@ -57,6 +62,8 @@ class EngineConfig:
       norms: "exact" ‖∇ℓ‖², or "sketched", ‖S∇ℓ‖², whose relative error is about √(2/dim).
       ways: "REGEX=WAY,…", which weights take which way to their sketch; see `ways.parse`.
       rules: whether layers take their rules; without, every weight goes the general, slow way.
+      padding: whether examples of different lengths are padded and go together; without, those
+        of one length do.
     """
 
     layers: str = "all"
@@ -67,6 +74,7 @@ class EngineConfig:
     norms: str = "exact"
     ways: str = ""
     rules: bool = True
+    padding: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +82,17 @@ class Batch:
     """Parsed examples.
 
     Attributes:
-      features, label, sample_weight: as the task's parse gave them, [n, ...]; None if not given.
+      features, label, sample_weight: as the task's parse gave them, [n, ...], ragged and sparse
+        tensors made dense; None if not given.
       ids: object array [n] of bytes, or None when parse gives no id.
+      extents: what of them is each example's own, and no padding; see `padding.Extents`.
     """
 
     features: Any
     label: Any
     sample_weight: Any
     ids: np.ndarray | None
+    extents: padding.Extents = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -94,7 +105,14 @@ class Batch:
             lambda x: tf.gather(x, index), (self.features, self.label, self.sample_weight)
         )
         ids = None if self.ids is None else self.ids[np.asarray(indices)]
-        return Batch(features, label, weight, ids)
+        extents = padding.take(self.extents, index.numpy())
+        return Batch(features, label, weight, ids, extents)
+
+    def trimmed(self) -> "Batch":
+        """Without the padding, of examples that have the same extents."""
+        structure = (self.features, self.label, self.sample_weight)
+        features, label, weight = padding.trim(structure, self.extents)
+        return Batch(features, label, weight, self.ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +139,12 @@ class Queries:
     Attributes:
       size: how many there are.
       gradients: flat list of the tensors of their forms.
+      groups: instead of these, where queries of one length go together: places, and their queries.
     """
 
     size: int
     gradients: list[tf.Tensor]
+    groups: "tuple[tuple[np.ndarray, Queries], ...]" = ()
 
 
 class Parser:
@@ -135,9 +155,18 @@ class Parser:
 
     def __init__(self, task: Task) -> None:
         signature = [tf.TensorSpec([None], tf.string)]
-        self._function = tf.function(task.parse, input_signature=signature)
+
+        def parse(records: tf.Tensor) -> tuple[Any, Any]:
+            parsed: Any = task.parse(records)
+            if not isinstance(parsed, Mapping):
+                return parsed, {}
+            given = tuple(parsed.get(key) for key in _EXAMPLE)
+            dense, extents = padding.densify(given)
+            return {**parsed, **dict(zip(_EXAMPLE, dense, strict=True))}, extents
+
+        self._function = tf.function(parse, input_signature=signature)
         try:
-            self._spec = in_keras_thread(
+            self._spec, self._extents_spec = in_keras_thread(
                 lambda: self._function.get_concrete_function().structured_outputs
             )
         except Exception as error:
@@ -161,10 +190,15 @@ class Parser:
     @property
     def spec(self) -> tuple[Any, Any, Any]:
         """`tf.TensorSpec`s of features, label and sample_weight, as far as they are known."""
-        return tuple(self._spec.get(key) for key in ("features", "label", "sample_weight"))
+        return tuple(self._spec.get(key) for key in _EXAMPLE)
+
+    @property
+    def open_axes(self) -> dict[int, int]:
+        """By place among the leaves of `spec` that are not None: axes that may be padded."""
+        return {place: spec.shape[1] for place, spec in self._extents_spec.items()}
 
     def __call__(self, records: Sequence[bytes]) -> Batch:
-        parsed = self._function(tf.constant(list(records), tf.string))
+        parsed, extents = self._function(tf.constant(list(records), tf.string))
         for x in tf.nest.flatten(dict(parsed)):
             if x is not None and (x.shape.rank == 0 or x.shape[0] != len(records)):
                 raise ValueError(
@@ -176,7 +210,9 @@ class Parser:
             ids = tf.reshape(ids if ids.dtype == tf.string else tf.as_string(ids), [-1]).numpy()
             if len(ids) != len(records):
                 raise ValueError(f"parse gave {len(ids)} ids for {len(records)} records")
-        return Batch(parsed["features"], parsed.get("label"), parsed.get("sample_weight"), ids)
+        sizes = {place: x.numpy() for place, x in extents.items()}
+        features, label, weight = (parsed.get(key) for key in _EXAMPLE)
+        return Batch(features, label, weight, ids, sizes)
 
 
 class Engine:
@@ -227,12 +263,16 @@ class Engine:
         )
         self.dim = self.projection.dim
         self.batch_size = self.config.batch_size or self._fitting(found)
+        # Rows of the traced functions.
+        self._width = self.batch_size
+        if not self.config.padding:
+            self._width = min(self.batch_size, _OF_ONE_LENGTH)
         structure = (example.features, example.label, example.sample_weight)
         self._structure = structure
+        flat = zip(nests.present(parser.spec), nests.present(structure), strict=True)
         self._flat_spec = [
-            _batch_spec(spec, x, self.batch_size)
-            for spec, x in zip(*map(tf.nest.flatten, (parser.spec, structure)), strict=True)
-            if x is not None
+            _batch_spec(spec, x, self._width, parser.open_axes.get(place, 0))
+            for place, (spec, x) in enumerate(flat)
         ]
         self._values_spec = [tf.TensorSpec(v.shape, v.dtype) for v in self.model.variables]
 
@@ -278,6 +318,8 @@ class Engine:
         Raises:
           tf.errors.OpError: an example that the model or the loss cannot take.
         """
+        if groups := self._groups(batch):
+            return _in_order([(i, self.embed(values, part, target)) for i, part in groups])
         function = self._function("embed", target)
         # np.asarray shares the tensor's memory, where .numpy() copies it.
         parts = [
@@ -292,6 +334,9 @@ class Engine:
         """Gradients of at most batch_size examples, for `scores`."""
         if batch.size > self.batch_size:
             raise ValueError(f"{batch.size} queries; at most {self.batch_size} at a time")
+        if groups := self._groups(batch):
+            found = [(i, self.queries(values, part, target)) for i, part in groups]
+            return Queries(batch.size, [], tuple(found))
         function = self._function("queries", target)
         return Queries(batch.size, list(_run(function, values, self._padded(batch))))
 
@@ -309,6 +354,12 @@ class Engine:
         Returns:
           float32 [n, queries.size].
         """
+        if groups := self._groups(batch):
+            by_row = [(i, self.scores(values, part, queries, target)) for i, part in groups]
+            return _in_places(by_row, batch.size)
+        if queries.groups:
+            columns = [(i, self.scores(values, batch, q, target).T) for i, q in queries.groups]
+            return _in_places(columns, queries.size).T
         self._function("queries", target)
         function = self._function("scores", target)
         parts = [
@@ -346,11 +397,8 @@ class Engine:
           InputError: they differ: the model does something that its rules do not know of.
         """
         batch = batch.take(range(min(batch.size, 2)))
-        norms = self.embed(values, batch).squared_norm
-        if self.config.norms != "exact":
-            norms = _run(self._function("norms", "loss"), values, self._padded(batch)).numpy()
-        dtypes = {layer.compute_dtype for layer in self.model._flatten_layers()}
-        tolerance = max(_TOLERANCES.get(dtype, 1e-3) for dtype in dtypes)
+        norms = self._exact_norms(values, batch)
+        tolerance = self._tolerance()
         for i in range(batch.size):
             plain = functools.partial(self._plain, values, batch.take([i]))
             expected = in_keras_thread(plain)
@@ -385,6 +433,49 @@ class Engine:
 
         in_keras_thread(check)
 
+    def _exact_norms(self, values: list[tf.Tensor], batch: Batch) -> np.ndarray:
+        """‖∇ℓ‖² of at most as many examples as the traced functions have rows, float32 [n]."""
+        if self.config.norms == "exact":
+            return self.embed(values, batch).squared_norm
+        if groups := self._groups(batch):
+            found = [(i, self._exact_norms(values, part)) for i, part in groups]
+            return _in_places(found, batch.size)
+        function = self._function("norms", "loss")
+        return _run(function, values, self._padded(batch)).numpy()[: batch.size]
+
+    def depends_on_padding(
+        self, values: list[tf.Tensor], batch: Batch, alone: Sequence[Batch]
+    ) -> bool:
+        """Whether examples that were padded to one length have another loss or gradient alone.
+
+        Args:
+          values: of a checkpoint.
+          batch: examples that were parsed together.
+          alone: the same, each parsed by itself.
+        """
+        structure = (batch.features, batch.label, batch.sample_weight)
+        own = [padding.widths((x.features, x.label, x.sample_weight)) for x in alone]
+        if not batch.extents and all(widths == padding.widths(structure) for widths in own):
+            return False
+        try:
+            # Lengths that happen to be equal here need not be so elsewhere.
+            features, label, weight = padding.extend(structure, batch.extents, 3)
+            padded = self.embed(values, Batch(features, label, weight, None))
+        except tf.errors.OpError:  # there is a greatest length
+            padded = self.embed(values, dataclasses.replace(batch, extents={}))
+        single = [self.embed(values, dataclasses.replace(x, extents={})) for x in alone]
+        tolerance = 10 * self._tolerance()
+        for i, one in enumerate(single):
+            error = np.linalg.norm(padded.embedding[i] - one.embedding[0])
+            near = np.isclose(padded.loss[i], one.loss[0], tolerance, 1e-6, equal_nan=True)
+            if not near or error > tolerance * np.linalg.norm(one.embedding[0]):
+                return True
+        return False
+
+    def _tolerance(self) -> float:
+        dtypes = {layer.compute_dtype for layer in self.model._flatten_layers()}
+        return max(_TOLERANCES.get(dtype, 1e-3) for dtype in dtypes)
+
     def _assign(self, values: list[tf.Tensor]) -> None:
         for variable, value in zip(self.model.variables, values, strict=True):
             variable.assign(value)
@@ -392,6 +483,8 @@ class Engine:
     def _plain(self, values: list[tf.Tensor], example: Batch) -> list[np.ndarray]:
         # By the model's own variables, as in training: nothing that the fast way relies on.
         self._assign(values)
+        if not self.config.padding:
+            example = example.trimmed()
         sources = [w.variable.value for w in self.weights]
         with tf.GradientTape() as tape:
             quantity, _ = self._forward("loss")(
@@ -401,17 +494,24 @@ class Engine:
         gradients = tape.gradient(total, sources, unconnected_gradients="zero")
         return [tf.convert_to_tensor(g).numpy() for g in gradients]
 
+    def _groups(self, batch: Batch) -> list[tuple[np.ndarray, Batch]]:
+        """Examples of one length, where they must not be padded; empty where nothing is."""
+        if self.config.padding or not batch.extents:
+            return []
+        together = padding.groups(batch.extents, self._width)
+        return [(indices, batch.take(indices).trimmed()) for indices in together]
+
     def _parts(self, batch: Batch) -> Iterator[Batch]:
-        if batch.size <= self.batch_size:
+        if batch.size <= self._width:
             yield batch
             return
-        for start in range(0, batch.size, self.batch_size):
-            yield batch.take(range(start, min(start + self.batch_size, batch.size)))
+        for start in range(0, batch.size, self._width):
+            yield batch.take(range(start, min(start + self._width, batch.size)))
 
     def _padded(self, batch: Batch) -> list[tf.Tensor]:
-        index = np.minimum(np.arange(self.batch_size), batch.size - 1)
+        index = np.minimum(np.arange(self._width), batch.size - 1)
         flat = nests.present((batch.features, batch.label, batch.sample_weight))
-        if batch.size == self.batch_size:
+        if batch.size == self._width:
             return flat
         return [tf.gather(x, index) for x in flat]
 
@@ -567,6 +667,21 @@ class Engine:
         return tf.add_n(products)
 
 
+def _in_places(parts: Sequence[tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:
+    """Puts rows in their places: [size, ...]."""
+    found = np.empty((size, *parts[0][1].shape[1:]), parts[0][1].dtype)
+    for places, rows in parts:
+        found[places] = rows
+    return found
+
+
+def _in_order(parts: Sequence[tuple[np.ndarray, Embedded]]) -> Embedded:
+    size = sum(len(places) for places, _ in parts)
+    names = [field.name for field in dataclasses.fields(Embedded)]
+    columns = [[(places, getattr(part, name)) for places, part in parts] for name in names]
+    return Embedded(*(_in_places(column, size) for column in columns))
+
+
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a traced function such that other threads may call it at the same time.
 
@@ -589,11 +704,13 @@ def _squared_norm(captured: capture.Captured) -> tf.Tensor:
     return tf.add_n([forms.squared_norm(form) for form in captured.gradients.values()])
 
 
-def _batch_spec(spec: tf.TensorSpec, example: tf.Tensor, batch_size: int) -> tf.TensorSpec:
+def _batch_spec(
+    spec: tf.TensorSpec, example: tf.Tensor, batch_size: int, open_axes: int
+) -> tf.TensorSpec:
     """The shape that parse states; axes that it leaves open stay so, but for the last one."""
     known = spec.shape.as_list() if spec.shape.rank is not None else [None] * example.shape.rank
     shape = [batch_size, *known[1:]]
-    if len(shape) > 2 and shape[-1] is None:
+    if len(shape) > max(2, open_axes + 1) and shape[-1] is None:
         shape[-1] = example.shape[-1]
     return tf.TensorSpec(shape, example.dtype)
 

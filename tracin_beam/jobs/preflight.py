@@ -272,6 +272,8 @@ def _try_out(
         raise
     usable = [record.data for record in tried[-1].records]
     batch = _check_independence(loaded, checkpoints, usable)
+    if _depends_on_padding(loaded, checkpoints, usable):
+        source, loaded = _reloaded(source, loaded, padding=False)
     for note in loaded.engine.notes():
         _log.warning("%s", note)
     _check_gradients(tried, "train", "loss")
@@ -282,9 +284,7 @@ def _try_out(
         loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
     except InputError as error:
         _log.warning("%s. Each example will be computed by itself, which is slower.", error)
-        source = dataclasses.replace(source, config=dataclasses.replace(engine_config, rules=False))
-        loaded = workers.load(task, parser, source.config, sample)
-        workers.adopt(source, loaded)
+        source, loaded = _reloaded(source, loaded, rules=False)
         loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
     return source, fingerprints.of_task(task, loaded.engine, config), parser.gives_ids
 
@@ -330,6 +330,38 @@ def _first_parsed(loaded: Any, shards: Sequence[Shard]) -> list[bytes]:
     some = [r for r in itertools.islice(every, _PILOT) if isinstance(r, records.Record)]
     _, positions, _ = embed.parse_records(loaded, some)
     return [record.data for record in some if record.position in set(positions)]
+
+
+def _reloaded(source: Any, loaded: Any, **changes: Any) -> tuple[Any, Any]:
+    """This process's engine, built again with changes to its configuration."""
+    from tracin_beam.stages import workers
+
+    source = dataclasses.replace(source, config=dataclasses.replace(source.config, **changes))
+    loaded = workers.load(loaded.task, loaded.parser, source.config, source.sample)
+    workers.adopt(source, loaded)
+    return source, loaded
+
+
+def _depends_on_padding(
+    loaded: Any, checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
+) -> bool:
+    """Whether examples have another loss or gradient where they are padded to one length."""
+    some = usable[:: max(1, len(usable) // 8)][:8]
+    batch, alone = loaded.parse(some), [loaded.parse([data]) for data in some]
+    values = loaded.engine.values(checkpoints[-1].path)
+    if not loaded.engine.depends_on_padding(values, batch, alone):
+        return False
+    if not batch.extents:
+        raise InputError(
+            "parse pads the records of a batch to one length, and the model's loss of an example "
+            "depends on that padding, and so on what shares its batch. Let parse return the "
+            "tf.RaggedTensor itself, or pad to a fixed length, or let the model mask the padding."
+        )
+    _log.warning(
+        "The loss of an example depends on the padding of a batch: examples are computed without "
+        "it, those of one length together, which is slower. Masking the padding would avoid it."
+    )
+    return True
 
 
 def _check_independence(
