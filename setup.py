@@ -14,8 +14,9 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["tracin_beam", "tracin_beam.*", "pipelines", "pipelines.*"]),
+    packages=find_packages(include=["tracin_beam", "tracin_beam.*"]),
     package_data={"tracin_beam.report": ["templates/*"]},
+    entry_points={"console_scripts": ["tracin-beam = tracin_beam.__main__:main"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "apache-beam>=2.70,<3",  # tested with 2.77.0

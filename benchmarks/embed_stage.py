@@ -21,6 +21,7 @@ import workloads
 import tracin_beam
 from tracin_beam.inputs.task import load_task
 from tracin_beam.jobs import launch, options, preflight
+from tracin_beam.jobs.registry import JOBS
 
 TASK = """
 import keras
@@ -91,7 +92,8 @@ def measure(
                     f"--train={folder}/train-*.tfrecord",
                     f"--output={folder}/out-{turn}",
                     *flags,
-                ]
+                ],
+                JOBS["embed"],
             )
             start = time.perf_counter()
             run = preflight.prepare(config, with_test=False)

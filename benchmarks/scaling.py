@@ -31,6 +31,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import PipelineVisitor
 
 from tracin_beam.jobs import graphs, launch, options, preflight
+from tracin_beam.jobs.registry import JOBS
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -144,8 +145,8 @@ def graph_bytes(stage: str, run: preflight.Run) -> int:
 
 
 def prepared(flags: Sequence[str], stage: str) -> preflight.Run:
-    config, _ = options.parse(flags, needs_test=stage == "influence")
-    return preflight.prepare(config, with_test=stage == "influence")
+    config, _ = options.parse(flags, JOBS[stage])
+    return preflight.prepare(config, with_test=JOBS[stage].uses_test)
 
 
 def shuffle(arguments: argparse.Namespace) -> None:
@@ -314,7 +315,7 @@ def child(job: str, cores: int, flags: Iterable[str]) -> dict[str, float]:
 def measure(job: str, cores: int, flags: Sequence[str]) -> dict[str, float]:
     """Seconds that a job takes after its checks, and this process's peak memory in bytes."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    config, beam_options = options.parse(flags)
+    config, beam_options = options.parse(flags, JOBS["embed"])
     run = preflight.prepare(config, with_test=job in ("build", "search"))
     start = time.perf_counter()
     if job in ("build", "search"):

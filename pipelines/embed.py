@@ -1,8 +1,8 @@
-"""Shards × checkpoints → embeddings: projected loss gradients of every example."""
+"""`python -m pipelines.embed`, which is `tracin-beam embed` in a checkout."""
 
 import sys
 
-from tracin_beam.jobs.launch import main
+from tracin_beam.jobs.registry import JOBS
 
 if __name__ == "__main__":
-    sys.exit(main("embed", __doc__ or ""))
+    sys.exit(JOBS["embed"].main(prog="python -m pipelines.embed"))

@@ -1,8 +1,8 @@
-"""Influence tables: every test example's top proponents and opponents, exactly scored."""
+"""`python -m pipelines.influence`, which is `tracin-beam influence` in a checkout."""
 
 import sys
 
-from tracin_beam.jobs.launch import main
+from tracin_beam.jobs.registry import JOBS
 
 if __name__ == "__main__":
-    sys.exit(main("influence", __doc__ or ""))
+    sys.exit(JOBS["influence"].main(prog="python -m pipelines.influence"))

@@ -1,8 +1,8 @@
-"""Before a run: how many examples, bytes, worker hours and how much memory; writes nothing."""
+"""`python -m pipelines.plan`, which is `tracin-beam plan` in a checkout."""
 
 import sys
 
-from tracin_beam.jobs.planning import main
+from tracin_beam.jobs.registry import JOBS
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or ""))
+    sys.exit(JOBS["plan"].main(prog="python -m pipelines.plan"))

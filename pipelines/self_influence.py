@@ -1,8 +1,8 @@
-"""Self-influence tables: how much each training example lowers its own loss."""
+"""`python -m pipelines.self_influence`, which is `tracin-beam self_influence` in a checkout."""
 
 import sys
 
-from tracin_beam.jobs.launch import main
+from tracin_beam.jobs.registry import JOBS
 
 if __name__ == "__main__":
-    sys.exit(main("self_influence", __doc__ or ""))
+    sys.exit(JOBS["self_influence"].main(prog="python -m pipelines.self_influence"))

@@ -29,12 +29,12 @@ def pipeline_options(request):
 @pytest.fixture(scope="session")
 def launch(pipeline_options):
     """A function that runs a job with some flags and gives its exit status."""
-    from tracin_beam.jobs.launch import main
+    from tracin_beam.jobs.registry import JOBS
 
     def run(stage, **flags):
         given = [f"--{name}={value}" for name, value in flags.items() if value is not True]
         given += [f"--{name}" for name, value in flags.items() if value is True]
-        return main(stage, "", [*given, *pipeline_options])
+        return JOBS[stage].main([*given, *pipeline_options])
 
     return run
 

@@ -14,6 +14,6 @@ def patched(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(module, name, patched)
-from tracin_beam.jobs.launch import main
-sys.exit(main(stage, "", sys.argv[5:]))
+from tracin_beam.jobs.registry import JOBS
+sys.exit(JOBS[stage].main(sys.argv[5:]))
 """

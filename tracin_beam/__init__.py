@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from tracin_beam._version import __version__
 from tracin_beam.errors import InputError
-from tracin_beam.inputs.task import Task
 
 if TYPE_CHECKING:
     from tracin_beam.inputs.callback import TracInCheckpoint, save_checkpoint
     from tracin_beam.inputs.shards import Parser, write_shards
+    from tracin_beam.inputs.task import Task
 
 __all__ = [
     "InputError",
@@ -23,6 +23,7 @@ __all__ = [
 
 # Imported when used: they bring TensorFlow or Beam.
 _LAZY = {
+    "Task": "inputs.task",
     "TracInCheckpoint": "inputs.callback",
     "save_checkpoint": "inputs.callback",
     "Parser": "inputs.shards",

@@ -330,7 +330,9 @@ def check(config: Config, needs: Sequence[str] = ()) -> None:
         )
     name = config.test_name
     if name in ("train", "", ".", "..") or any(c in name for c in "=/\\*?[]") or len(name) > 100:
-        raise InputError(f"--test_name={name}: take a plain short name, other than 'train'.")
+        raise InputError(
+            f"--test_name={name}: take a plain name, other than 'train', of at most 100 characters."
+        )
     for path in ("task", "checkpoints", "output", "test_name"):
         check_name(f"--{path}", getattr(config, path))
     if "://" in config.output and any(c in config.output for c in "*?[]"):

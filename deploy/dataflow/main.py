@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tracin_beam.jobs import graphs, launch
+from tracin_beam.jobs import graphs
 from tracin_beam.jobs.options import TracInOptions
+from tracin_beam.jobs.registry import JOBS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     image = os.environ.get("TRACIN_BEAM_IMAGE")
     if image and not any(flag.startswith("--sdk_container_image=") for flag in flags):
         flags.append(f"--sdk_container_image={image}")
-    return launch.main(known.stage, "", flags)
+    return JOBS[known.stage].main(flags)
 
 
 def _switches(flags: Sequence[str]) -> list[str]:

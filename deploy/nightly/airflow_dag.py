@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
-JOB = "pipelines.self_influence"
+JOB = "self_influence"
 PYTHON = "/opt/tracin-beam/bin/python"
 CONFIG = "/etc/tracin-beam/nightly.yaml"
 
@@ -25,7 +25,7 @@ with DAG(
 ):
     BashOperator(
         task_id="nightly",
-        bash_command=f"{PYTHON} -m {JOB} --config={CONFIG}",
+        bash_command=f"{PYTHON} -m tracin_beam {JOB} --config={CONFIG}",
         retries=2,  # a retry goes on where the try before it stopped
         retry_delay=timedelta(minutes=15),
         execution_timeout=timedelta(hours=20),

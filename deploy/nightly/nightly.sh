@@ -7,7 +7,7 @@
 # 124 for one that took longer than LIMIT.
 set -euo pipefail
 
-JOB=${JOB:-pipelines.self_influence}
+JOB=${JOB:-self_influence}
 CONFIG=${CONFIG:-/etc/tracin-beam/nightly.yaml}
 PYTHON=${PYTHON:-/opt/tracin-beam/bin/python}
 STATE=${STATE:-/var/lib/tracin-beam}  # the lock, and a log for each day
@@ -24,7 +24,7 @@ find "$STATE/log" -name '*.log' -mtime "+$KEEP_DAYS" -delete
 log=$STATE/log/$(date -u +%F).log
 echo "$(date -u +%FT%TZ) $JOB --config $CONFIG $*" >>"$log"
 status=0
-timeout "$LIMIT" "$PYTHON" -m "$JOB" --config "$CONFIG" "$@" >>"$log" 2>&1 || status=$?
+timeout "$LIMIT" "$PYTHON" -m tracin_beam "$JOB" --config "$CONFIG" "$@" >>"$log" 2>&1 || status=$?
 echo "$(date -u +%FT%TZ) exit status $status" >>"$log"
 if ((status)); then  # cron mails what is printed
   echo "nightly.sh: $JOB ended with status $status; the end of $log:" >&2

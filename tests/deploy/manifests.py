@@ -12,6 +12,7 @@ import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from tracin_beam.jobs import options
+from tracin_beam.jobs.registry import JOBS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -58,7 +59,7 @@ def maven(artifact):
     return jar
 
 
-def check_flags(argv, **keywords):
+def check_flags(argv):
     """Fails for a flag that neither we nor Beam know, whatever the runner; gives both's values."""
     parser = argparse.ArgumentParser(allow_abbrev=False, conflict_handler="resolve")
     parser.add_argument("--config")
@@ -76,7 +77,7 @@ def check_flags(argv, **keywords):
     names = {flag.split("=")[0] for flag in written}
     unknown = names - set(parser._option_string_actions)
     assert not unknown
-    config, beam_options = options.parse(argv, **keywords)
+    config, beam_options = options.parse(argv, JOBS["self_influence"])
     return config, beam_options.get_all_options()
 
 
@@ -104,12 +105,12 @@ def check_kubernetes(documents):
 
 
 def launcher_argv(cronjob):
-    """The module and the flags that the CronJob's only container runs."""
+    """The job and the flags that the CronJob's only container runs."""
     pod = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     values = {entry["name"]: entry["value"] for entry in container["env"]}
     words = [*container["command"], *container["args"]]
     for name, value in values.items():
         words = [word.replace(f"$({name})", value) for word in words]
-    assert words[:2] == ["python", "-m"]
-    return words[2], words[3:]
+    assert words[:3] == ["python", "-m", "tracin_beam"]
+    return words[3], words[4:]

@@ -14,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from bucket import ANONYMOUS, ROOT, TinyInBucket, bucket  # noqa: F401
 
 from tracin_beam.jobs import dataflow
-from tracin_beam.jobs.launch import main
+from tracin_beam.jobs.registry import JOBS
 
 # Beam's clients try again for minutes where nothing answers.
 pytestmark = pytest.mark.timeout(300)
@@ -100,7 +100,7 @@ REMOTE = {
 def refused(capfd, *flags, **changes):
     ours = {"task": "nowhere.py:task", **REMOTE, **changes}
     argv = [f"--{name}={value}" for name, value in ours.items() if value]
-    assert main("influence", "", [*argv, *CLOUD, *flags]) == 2
+    assert JOBS["influence"].main([*argv, *CLOUD, *flags]) == 2
     return capfd.readouterr().err
 
 
@@ -143,7 +143,7 @@ def tiny(bucket, tmp_path_factory):  # noqa: F811
     pytest.importorskip("google.cloud.dataflow")
 
     def run(stage, **flags):
-        return main(stage, "", [f"--{k}={v}" for k, v in flags.items()] + ["--runner=FnApiRunner"])
+        return JOBS[stage].main([*(f"--{k}={v}" for k, v in flags.items()), "--runner=FnApiRunner"])
 
     tiny = TinyInBucket(bucket, tmp_path_factory.mktemp("dataflow"), run)
     tiny.write_all()
@@ -188,7 +188,7 @@ def write_template(tiny, stage, folder, *flags, **changes):
         f"--sdk_container_image={IMAGE}",
         *flags,
     ]
-    assert main(stage, "", argv) == 0
+    assert JOBS[stage].main(argv) == 0
     return json.loads((folder / "job.json").read_text()), read_graph(folder / "pipeline.pb")
 
 
@@ -282,7 +282,7 @@ def test_worker_options_reach_the_job(tiny, tmp_path):
 def test_a_dry_run(tiny, capfd):
     before = tiny.generations()
     argv = [*tiny.argv("embed"), *CLOUD, f"--sdk_container_image={IMAGE}", "--dry_run=True"]
-    assert main("embed", "", [*argv, f"--temp_location={ROOT}/tmp"]) == 0
+    assert JOBS["embed"].main([*argv, f"--temp_location={ROOT}/tmp"]) == 0
     assert "Nothing was submitted" in capfd.readouterr().out
     after = tiny.generations()
     before.pop("run.json"), after.pop("run.json")
@@ -292,7 +292,7 @@ def test_a_dry_run(tiny, capfd):
 def test_flags_that_dataflow_needs(tiny, capfd):
     argv = [*tiny.argv("embed"), "--runner=DataflowRunner", f"--sdk_container_image={IMAGE}"]
     argv += ["--region=europe-west4", f"--temp_location={ROOT}/tmp", "--dry_run=True"]
-    assert main("embed", "", argv) == 2
+    assert JOBS["embed"].main(argv) == 2
     assert "Missing required option: project" in capfd.readouterr().err
 
 
@@ -391,7 +391,7 @@ def submit(tiny, tmp_path):
             f"--staging_location={tmp_path}",
             f"--sdk_container_image={IMAGE}",
         ]
-        return main(stage, "", [*argv, *flags])
+        return JOBS[stage].main([*argv, *flags])
 
     yield run
     server.shutdown()

@@ -136,7 +136,7 @@ def test_what_is_copied_is_there_and_is_all_that_is_installed(dockerfile):
         if "--from=" not in value:
             copied += sources
     assert all((ROOT / source).exists() for source in copied)
-    assert {"setup.py", "README.md", "tracin_beam", "pipelines"} <= set(copied)
+    assert {"setup.py", "README.md", "tracin_beam"} <= set(copied)
     [install] = values(dockerfile, "RUN")
     assert '"/template[gcp]" "apache-beam[gcp]==${BEAM_VERSION}" "${TENSORFLOW}"' in install
     assert "pip check" in install

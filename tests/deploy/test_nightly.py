@@ -1,6 +1,5 @@
 """deploy/nightly: each way to start the job, with the flags that exist, and what a rerun costs."""
 
-import importlib.util
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from manifests import (
 from tiny import Tiny, rows, snapshot
 
 from tracin_beam.jobs import graphs
+from tracin_beam.jobs.registry import JOBS
 
 NIGHTLY = DEPLOY / "nightly"
 AIRFLOW = ("apache-airflow-core==3.3.2", "apache-airflow-providers-standard==1.21.0")
@@ -43,8 +43,8 @@ def cronjob(tmp_path_factory):
 
 class TestCronJob:
     def test_its_flags_exist(self, cronjob):
-        module, argv = launcher_argv(cronjob)
-        assert importlib.util.find_spec(module)
+        job, argv = launcher_argv(cronjob)
+        assert job in JOBS
         config, _ = check_flags(local(argv))
         pod = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]
         mounts = {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
@@ -98,10 +98,8 @@ class TestScript:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         (log,) = (tmp_path / "state" / "log").iterdir()
         _, *argv, _ = log.read_text().splitlines()
-        assert argv[0] == "-m"
-        assert importlib.util.find_spec(argv[1])
-        assert argv[2] == "--config"
-        config, _ = check_flags([f"--config={argv[3]}", *argv[4:]])
+        assert argv[:4] == ["-m", "tracin_beam", "self_influence", "--config"]
+        config, _ = check_flags([f"--config={argv[4]}", *argv[5:]])
         assert config.dim == 64
 
     def test_one_at_a_time(self, tmp_path):
@@ -312,17 +310,17 @@ class TestAirflow:
         (task,) = dag["tasks"]
         assert task["type"] == "BashOperator"
         assert task["retries"] == 2
-        _, option, module, *argv = task["command"].split()
-        assert option == "-m"
-        assert importlib.util.find_spec(module)
+        _, option, module, job, *argv = task["command"].split()
+        assert (option, module) == ("-m", "tracin_beam")
+        assert job in JOBS
         check_flags(local(argv))
 
 
 def test_all_run_the_same_job(cronjob, dag):
-    module, _ = launcher_argv(cronjob)
+    job, _ = launcher_argv(cronjob)
     script_text = (NIGHTLY / "nightly.sh").read_text()
-    assert f"JOB=${{JOB:-{module}}}" in script_text
-    assert f" -m {module} " in dag["tasks"][0]["command"]
+    assert f"JOB=${{JOB:-{job}}}" in script_text
+    assert f" -m tracin_beam {job} " in dag["tasks"][0]["command"]
     body = json.loads((NIGHTLY / "flex_template_launch.json").read_text())
-    assert f"pipelines.{body['launchParameter']['parameters']['stage']}" == module
+    assert body["launchParameter"]["parameters"]["stage"] == job
     assert yaml.safe_load((NIGHTLY / "nightly.yaml").read_text()).keys() >= {"task", "output"}

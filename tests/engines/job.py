@@ -26,9 +26,9 @@ class Job:
     recall: dict
 
     def run(self, stage, flags, **changes):
-        from tracin_beam.jobs.launch import main
+        from tracin_beam.jobs.registry import JOBS
 
-        return main(stage, "", [*self.tiny.argv(stage, **FLAGS, **changes), *flags])
+        return JOBS[stage].main([*self.tiny.argv(stage, **FLAGS, **changes), *flags])
 
     def check(self, out):
         """What is in a folder is what the direct runner makes, and what the oracle says."""

@@ -89,4 +89,4 @@ def test_tables_are_those_of_the_direct_runner(place, job, tmp_path, monkeypatch
     capfd.readouterr()
     assert job.run("embed", flags, output=tmp_path / "strict", test=None, max_rejected=0) == 2
     said = capfd.readouterr().err
-    assert "python -m pipelines.embed: 2 of 24 records of the train set could not be used" in said
+    assert "tracin-beam embed: 2 of 24 records of the train set could not be used" in said

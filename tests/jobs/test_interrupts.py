@@ -26,8 +26,8 @@ def write(self, rows, original=embeddings.EmbeddingWriter.write):
     time.sleep(300)
 
 embeddings.EmbeddingWriter.write = write
-from tracin_beam.jobs.launch import main
-sys.exit(main("embed", "", sys.argv[2:]))
+from tracin_beam.jobs.registry import JOBS
+sys.exit(JOBS["embed"].main(sys.argv[2:]))
 """
 
 
@@ -43,7 +43,7 @@ def test_a_signal_ends_the_job(number, tmp_path, launch):
         timeout=200,
     )
     assert done.returncode == 128 + number
-    lines = [line for line in done.stderr.splitlines() if "python -m" in line]
+    lines = [line for line in done.stderr.splitlines() if "tracin-beam " in line]
     assert len(lines) == 1
     assert "stopped by" in lines[0]
     assert "Traceback" not in done.stderr

@@ -9,12 +9,13 @@ from tracin_beam import config
 from tracin_beam.errors import InputError
 from tracin_beam.gradients.engine import EngineConfig
 from tracin_beam.jobs import options
+from tracin_beam.jobs.registry import JOBS
 
 NEEDED = ["--task=t.py:task", "--checkpoints=c", "--train=a-*", "--output=out"]
 
 
-def parse(*argv, **kwargs):
-    return options.parse([*NEEDED, *argv], **kwargs)
+def parse(*argv, job="embed"):
+    return options.parse([*NEEDED, *argv], JOBS[job])
 
 
 def test_defaults():
@@ -75,11 +76,11 @@ def test_missing_flags_are_all_named():
     with pytest.raises(
         InputError, match=r"^--task, --checkpoints, --train, --output must be given"
     ):
-        options.parse([])
+        options.parse([], JOBS["embed"])
     with pytest.raises(InputError, match=r"^--test must be given"):
-        options.parse(NEEDED, needs_test=True)
+        options.parse(NEEDED, JOBS["influence"])
     with pytest.raises(InputError, match=r"^--task must be given"):
-        options.parse([*NEEDED[1:], "--task="])
+        options.parse([*NEEDED[1:], "--task="], JOBS["embed"])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ class TestYaml:
             test:
             project: mine
         """
-        parsed, beam_options = options.parse([config(text)])
+        parsed, beam_options = options.parse([config(text)], JOBS["embed"])
         assert parsed.train == "a-*,b-*"
         assert (parsed.top_k, parsed.max_rejected, parsed.overwrite) == (4, 0.5, True)
         assert parsed.learning_rate == (0.1, 0.2)
@@ -274,16 +275,17 @@ def test_marked_flags_are_what_the_engine_takes():
 
 
 def test_help(capsys):
-    assert not options.wants_help(NEEDED, "x", "About.")
+    job = JOBS["embed"]
+    assert not options.wants_help(NEEDED, "x", job)
     for flag in ("-h", "--help"):
-        assert options.wants_help([*NEEDED, flag], "python -m pipelines.x", "About this job.")
+        assert options.wants_help([*NEEDED, flag], "tracin-beam x", job)
         said = capsys.readouterr().out
-        assert said.startswith("usage: python -m pipelines.x")
-        for word in ("About this job.", "--top_k", "--config", "--runner=DataflowRunner"):
+        assert said.startswith("usage: tracin-beam x")
+        for word in ("Embeddings alone", "--top_k", "--config", "--runner=DataflowRunner"):
             assert word in said
 
 
-@pytest.mark.parametrize("job", ["embed", "influence", "self_influence", "plan"])
+@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize(
     ("argv", "status", "says"),
     [
@@ -296,9 +298,9 @@ def test_help(capsys):
 def test_help_and_flag_errors_do_not_wait_for_tensorflow(job, argv, status, says):
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['pipelines.{job}', *{argv!r}]\n"
+        f"sys.argv = ['tracin-beam', {job!r}, *{argv!r}]\n"
         "try:\n"
-        f"    runpy.run_module('pipelines.{job}', run_name='__main__')\n"
+        "    runpy.run_module('tracin_beam', run_name='__main__')\n"
         "except SystemExit as end:\n"
         "    assert 'tensorflow' not in sys.modules, 'TensorFlow was imported'\n"
         "    assert 'keras' not in sys.modules, 'Keras was imported'\n"

@@ -10,7 +10,8 @@ import pytest
 import tiny as t
 
 from tracin_beam.errors import InputError
-from tracin_beam.jobs import launch, worker_errors
+from tracin_beam.jobs import worker_errors
+from tracin_beam.jobs.registry import JOBS
 from tracin_beam.storage import files
 
 
@@ -77,7 +78,7 @@ def says(capfd, status, pattern, code=2):
     said = capfd.readouterr().err
     assert status == code, said
     assert "Traceback" not in said
-    lines = [line for line in said.splitlines() if line.startswith("python -m")]
+    lines = [line for line in said.splitlines() if line.startswith("tracin-beam ")]
     assert len(lines) == 1, said
     assert re.search(pattern, lines[0]), lines
     return lines[0]
@@ -130,7 +131,7 @@ def test_a_mistake_in_the_code(job, monkeypatch, capfd):
 
 
 def test_an_unknown_runner(job, capfd):
-    status = launch.main("embed", "", [*job.argv("embed"), "--runner=NoSuchRunner"])
+    status = JOBS["embed"].main([*job.argv("embed"), "--runner=NoSuchRunner"])
     says(capfd, status, "--runner=NoSuchRunner is not known")
 
 
@@ -159,5 +160,5 @@ def test_names_that_cannot_be_used(job, capfd):
     says(capfd, job.run("embed", train=alone), "train-fifo.tfrecord is no regular file but a pipe")
     alone.unlink()
     says(capfd, job.run("embed", output=f"{job.folder}/\udcff"), r"--output .*\\udcff.*UTF-8")
-    says(capfd, job.run("embed", test_name="x" * 250), "--test_name=x.* take a plain short name")
+    says(capfd, job.run("embed", test_name="x" * 250), "--test_name=x.* take a plain name")
     says(capfd, job.run("embed", output=job.folder / ("x" * 300)), "the name is too long")

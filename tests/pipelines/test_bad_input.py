@@ -36,7 +36,7 @@ def fails(tiny, capfd):
         capfd.readouterr()
         assert tiny.run(stage, **changes) == 2
         said = capfd.readouterr()
-        _, ours, message = said.err.rpartition(f"python -m pipelines.{stage}: ")
+        _, ours, message = said.err.rpartition(f"tracin-beam {stage}: ")
         assert ours
         assert "Traceback" not in said.err
         assert len(message) < 1000

@@ -7,7 +7,8 @@ import tiny as t
 from tiny import Tiny
 
 from tracin_beam.errors import InputError
-from tracin_beam.jobs import options, planning
+from tracin_beam.jobs import options
+from tracin_beam.jobs.registry import JOBS
 from tracin_beam.planning import plan
 from tracin_beam.planning.plan import Data, Job, Speed
 from tracin_beam.scoring import cost
@@ -180,7 +181,8 @@ def test_sizes_and_durations():
 
 
 def parsed(*argv):
-    return options.parse_plan(["--task=t.py:task", "--checkpoints=c", "--train=a-*", *argv])
+    needed = ["--task=t.py:task", "--checkpoints=c", "--train=a-*"]
+    return options.parse([*needed, *argv], JOBS["plan"])
 
 
 def test_flags_of_the_plan():
@@ -219,7 +221,7 @@ def planned(tiny, capsys, **changes):
     flags = tiny.flags("embed", **changes)
     argv = [f"--{name}={value}" for name, value in flags.items()]
     capsys.readouterr()
-    assert planning.main("", [*argv, "--json"]) == 0
+    assert JOBS["plan"].main([*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -256,14 +258,14 @@ def test_predicted_bytes_and_examples_are_those_written(problem, capsys):
 def test_the_plan_as_text(problem, capsys, monkeypatch):
     monkeypatch.chdir(problem.folder)  # with paths as a user types them
     shards = {"train": "train-*.tfrecord", "test": "test-*.tfrecord"}
-    assert planning.main("", problem.argv("embed", output=None, **shards)) == 0
+    assert JOBS["plan"].main(problem.argv("embed", output=None, **shards)) == 0
     said = capsys.readouterr().out
     for words in ("test: 8 examples in 2 shards", "256 is the smallest with 0.99", "1 worker(s)"):
         assert words in said
 
 
 def test_what_the_run_would_trip_over_the_plan_says(problem, capsys):
-    assert planning.main("", problem.argv("embed", train="nowhere-*", output=None)) == 2
+    assert JOBS["plan"].main(problem.argv("embed", train="nowhere-*", output=None)) == 2
     said = capsys.readouterr().err
-    assert said.startswith("python -m pipelines.plan: --train: No file matches 'nowhere-*'")
+    assert said.startswith("tracin-beam plan: --train: No file matches 'nowhere-*'")
     assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""From the command line to the result: what every launcher in `pipelines/` calls."""
+"""From the command line to the result: what every job but `plan` does."""
 
 import logging
 import sys
@@ -9,50 +9,39 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
+from tracin_beam.config import Config
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import dataflow, graphs, interrupts, local, options, worker_errors
 from tracin_beam.jobs.preflight import Run, prepare
+from tracin_beam.jobs.registry import Job
 from tracin_beam.storage import runs, unfinished
 
 _log = logging.getLogger(__name__)
 
 
-def main(stage: str, about: str, argv: Sequence[str] | None = None) -> int:
+def main(job: Job, argv: Sequence[str] | None, prog: str) -> int:
     """Runs a job from the command line.
 
     Args:
-      stage: "embed", "influence" or "self_influence".
-      about: for `--help`.
+      job: which one.
       argv: flags; those of the process by default.
+      prog: what the command is called.
 
     Returns:
       The exit status, as `ends` gives it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    prog = f"python -m pipelines.{stage}"
-    if options.wants_help(argv, prog, about):
+    if options.wants_help(argv, prog, job):
         return 0
-    return ends(prog, lambda: _run(stage, prog, argv))
+    return ends(prog, lambda: _run(job, prog, argv))
 
 
-def _run(stage: str, prog: str, argv: Sequence[str]) -> int:
+def _run(job: Job, prog: str, argv: Sequence[str]) -> int:
     FileSystems.set_options(PipelineOptions(argv))  # whose account reads a --config file
-    config, beam_options = options.parse(argv, needs_test=stage == "influence", prog=prog)
-    if dataflow.is_chosen(beam_options):
-        dataflow.check(config, beam_options)
-        dataflow.set_defaults(beam_options)
+    config, beam_options = options.parse(argv, job, prog)
     set_up_logging()
-    FileSystems.set_options(beam_options)
-    run = prepare(config, with_test=stage != "self_influence")
-    only_written = dataflow.only_written(beam_options)
-    if stage == "influence" and not only_written and graphs.is_done(run):
-        _log.info("nothing has changed since the tables were made")
-    else:
-        result = execute(stage, run, beam_options)
-        if said := only_written or _unfinished(result, beam_options):
-            print(said)
-            return 0
-    print(_summary(stage, run))
+    run, said = carry_out(job, config, beam_options)
+    print(said or _summary(job.name, run))
     return 0
 
 
@@ -75,6 +64,28 @@ def ends(prog: str, body: Callable[[], int]) -> int:
         failed = worker_errors.of(error)
         say(prog, failed)
         return 2 if isinstance(failed, InputError) else 1
+
+
+def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[Run, str | None]:
+    """Runs a job as far as it is not done already.
+
+    Returns:
+      The run, and what to say of a job that was not waited for, or not even submitted.
+
+    Raises:
+      InputError: an input has to be mended.
+    """
+    if dataflow.is_chosen(beam_options):
+        dataflow.check(config, beam_options)
+        dataflow.set_defaults(beam_options)
+    FileSystems.set_options(beam_options)
+    run = prepare(config, with_test=job.uses_test)
+    only_written = dataflow.only_written(beam_options)
+    if job.name == "influence" and not only_written and graphs.is_done(run):
+        _log.info("nothing has changed since the tables were made")
+        return run, None
+    result = execute(job.name, run, beam_options)
+    return run, only_written or _unfinished(result, beam_options)
 
 
 def say(prog: str, error: Exception) -> None:

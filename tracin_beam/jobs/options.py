@@ -18,6 +18,7 @@ from tracin_beam import config as config_flags
 from tracin_beam.config import Config, Flag
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import config_file
+from tracin_beam.jobs.registry import Job
 
 _log = logging.getLogger(__name__)
 
@@ -78,10 +79,13 @@ def readme_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def parse(
-    argv: Sequence[str], *, needs_test: bool = False, prog: str = ""
-) -> tuple[Config, PipelineOptions]:
+def parse(argv: Sequence[str], job: Job, prog: str = "") -> tuple[Config, PipelineOptions]:
     """Reads the command line, and the YAML file of `--config` under it.
+
+    Args:
+      argv: the words of the command line.
+      job: the job that they are for.
+      prog: what the command is called.
 
     Returns:
       Our own flags, and Beam's options for the pipeline.
@@ -89,30 +93,14 @@ def parse(
     Raises:
       InputError: a flag is missing, unknown or out of its range.
     """
-    needed = ["task", "checkpoints", "train", "output"] + ["test"] * needs_test
-    return _parse(argv, needed, "", prog)
-
-
-def parse_plan(argv: Sequence[str], *, prog: str = "") -> tuple[Config, PipelineOptions]:
-    """The same for `pipelines.plan`, which needs no output and has some flags of its own.
-
-    Raises:
-      InputError: as above.
-    """
-    return _parse(argv, ["task", "checkpoints", "train"], "plan", prog)
-
-
-def _parse(
-    argv: Sequence[str], needs: Sequence[str], job: str, prog: str
-) -> tuple[Config, PipelineOptions]:
-    parser = _parser(prog, job)
+    parser = _parser(prog, job.name)
     first, _ = parser.parse_known_args(argv)
-    merged = [*_from_file(first.config, job), *argv] if first.config else list(argv)
+    merged = [*_from_file(first.config, job.name), *argv] if first.config else list(argv)
     known, rest = parser.parse_known_args(merged)
-    ours = [name for name, flag in config_flags.flags().items() if flag.takes(job)]
+    ours = [name for name, flag in config_flags.flags().items() if flag.takes(job.name)]
     values = {name: getattr(known, name) for name in ours}
     config = Config(**values)
-    config_flags.check(config, needs)
+    config_flags.check(config, job.needs)
     _check_unknown(rest, ours)
     if not any(flag.split("=")[0] == "--runner" for flag in rest):
         # Local, in this process, on all cores with one copy of the model.
@@ -137,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def _parser(prog: str, job: str = "") -> argparse.ArgumentParser:
+def _parser(prog: str, job: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog or None,
         allow_abbrev=False,
@@ -217,11 +205,11 @@ def _all_options(cls: type[PipelineOptions]) -> list[Any]:
     return found
 
 
-def wants_help(argv: Sequence[str], prog: str, about: str, *, job: str = "") -> bool:
+def wants_help(argv: Sequence[str], prog: str, job: Job) -> bool:
     """Prints the help when it is asked for."""
     if not {"-h", "--help"} & set(argv):
         return False
-    parser = _parser(prog, job)
-    parser.description = about
+    parser = _parser(prog, job.name)
+    parser.description = job.about
     parser.print_help(sys.stdout)
     return True

@@ -1,4 +1,4 @@
-"""`pipelines.plan` from the command line to the printed plan; it writes nothing."""
+"""`plan` from the command line to the printed plan; it writes nothing."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 from tracin_beam.config import Config
 from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.preflight import Found
+from tracin_beam.jobs.registry import Job
 from tracin_beam.storage import runs
 from tracin_beam.storage.runs import Shard, Unit
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from tracin_beam.planning.pilot import Choice
     from tracin_beam.planning.plan import Data, Plan, Speed
 
-PROG = "python -m pipelines.plan"
 _REQUESTS = 32  # made of a file system at a time
 
 
@@ -45,20 +45,25 @@ class Planned:
     choice: "Choice | None"
 
 
-def main(about: str, argv: Sequence[str] | None = None) -> int:
+def main(job: Job, argv: Sequence[str] | None, prog: str) -> int:
     """Prints a plan.
+
+    Args:
+      job: `plan`.
+      argv: flags; those of the process by default.
+      prog: what the command is called.
 
     Returns:
       The exit status, as `launch.ends` gives it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if options.wants_help(argv, PROG, about, job="plan"):
+    if options.wants_help(argv, prog, job):
         return 0
-    return launch.ends(PROG, lambda: _print(argv))
+    return launch.ends(prog, lambda: _print(job, argv, prog))
 
 
-def _print(argv: Sequence[str]) -> int:
-    config, beam_options = options.parse_plan(argv, prog=PROG)
+def _print(job: Job, argv: Sequence[str], prog: str) -> int:
+    config, beam_options = options.parse(argv, job, prog)
     launch.set_up_logging()
     FileSystems.set_options(beam_options)
     planned = make(config)
