@@ -332,13 +332,14 @@ def measure(job: str, cores: int, flags: Sequence[str]) -> dict[str, float]:
 def one_partition(job: str, run: preflight.Run) -> None:
     """Builds the first partition of the index, or searches in it for all test examples."""
     from tracin_beam.stages import embed, index, influence
+    from tracin_beam.stages.metrics import Tally
     from tracin_beam.storage import runs
 
     results = []
     for unit in run.units:
         found = runs.read_unit(run.output, unit)
         if found is None:
-            found = embed.embed_unit(run.output, run.source, unit, 0.0)
+            found = embed.embed_unit(run.output, run.source, unit, 0.0, Tally())
         results.append(runs.merge_results([found]))
     train = [r for r in results if r.set_name == runs.TRAIN]
     tests = [r for r in results if r.set_name != runs.TRAIN]

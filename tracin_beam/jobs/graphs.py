@@ -177,6 +177,14 @@ def finish(
         )
 
 
+def write_counters(run: Run, stage: str, counters: dict[str, dict[str, int]]) -> None:
+    """Adds what the workers counted to the timings in run.json; nothing, if they told nothing."""
+    state = runs.read_run(run.output)
+    if counters and stage in state.get("timings", {}):
+        state["timings"][stage]["counters"] = counters
+        files.write_json(run.output.run, state)
+
+
 def is_done(run: Run) -> bool:
     """Whether the influence tables are there already; then run.json is made to tell of them."""
     path = run.output.done("influence", run.config.test_name)

@@ -14,6 +14,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.jobs import dataflow, graphs, interrupts, local, options, worker_errors
 from tracin_beam.jobs.preflight import Run, prepare
 from tracin_beam.jobs.registry import Job
+from tracin_beam.stages import metrics, progress
 from tracin_beam.storage import runs, unfinished
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def _run(job: Job, prog: str, argv: Sequence[str]) -> int:
     FileSystems.set_options(PipelineOptions(argv))  # whose account reads a --config file
     config, beam_options = options.parse(argv, job, prog)
     set_up_logging()
-    run, said = carry_out(job, config, beam_options)
+    with progress.reported(progress.as_lines):
+        run, said = carry_out(job, config, beam_options)
     print(said or _summary(job.name, run))
     return 0
 
@@ -79,13 +81,19 @@ def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[
         dataflow.check(config, beam_options)
         dataflow.set_defaults(beam_options)
     FileSystems.set_options(beam_options)
+    _log.info("looking at the task, the checkpoints and the data")
     run = prepare(config, with_test=job.uses_test)
     only_written = dataflow.only_written(beam_options)
     if job.name == "influence" and not only_written and graphs.is_done(run):
         _log.info("nothing has changed since the tables were made")
         return run, None
+    if local.is_chosen(beam_options):
+        progress.expect("embedding", sum(unit.shard.size for unit in run.units))
     result = execute(job.name, run, beam_options)
-    return run, only_written or _unfinished(result, beam_options)
+    said = only_written or _unfinished(result, beam_options)
+    if not said:
+        graphs.write_counters(run, job.name, metrics.of_job(result))
+    return run, said
 
 
 def say(prog: str, error: Exception) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    DirectOptions,
+    PipelineOptions,
+    StandardOptions,
+)
 from apache_beam.runners.portability import (
     abstract_job_service,
     local_job_service,
@@ -24,6 +29,13 @@ from tracin_beam.errors import InputError
 
 # Beam's modules that open a port on every interface.
 _SERVERS = (worker_handlers, local_job_service, abstract_job_service, worker_pool_main)
+
+
+def is_chosen(options: PipelineOptions) -> bool:
+    """Whether all workers are threads of this process."""
+    local = "FnApiRunner" in (options.view_as(StandardOptions).runner or "")
+    mode = options.view_as(DirectOptions).direct_running_mode
+    return local and mode != "multi_processing"
 
 
 def prepare(options: PipelineOptions) -> None:

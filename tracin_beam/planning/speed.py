@@ -11,6 +11,7 @@ from typing import Any
 from tracin_beam.planning import plan
 from tracin_beam.planning.sample import sample, usable
 from tracin_beam.stages import embed
+from tracin_beam.stages.metrics import Tally
 from tracin_beam.stages.workers import EngineSource, Loaded
 from tracin_beam.storage import files, records, runs
 from tracin_beam.storage.records import Record
@@ -69,7 +70,7 @@ def _embed(source: EngineSource, checkpoint: CheckpointFile, some: Sequence[Reco
                 writer.write(record.data)
         unit = Unit(runs.TRAIN, Shard(path, "sample", ""), checkpoint, "loss", "")
         started = time.monotonic()
-        embed.embed_unit(Output(folder), source, unit, 1.0)
+        embed.embed_unit(Output(folder), source, unit, 1.0, Tally())
         return time.monotonic() - started
 
 

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.metrics import Metrics
 
 from tracin_beam.errors import InputError, reason
+from tracin_beam.stages import progress
+from tracin_beam.stages.metrics import Counters, Tally
 from tracin_beam.stages.workers import EngineSource, Loaded
 from tracin_beam.storage import embeddings, files, records, runs
 from tracin_beam.storage.embeddings import Embeddings
@@ -24,6 +25,13 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Records of a shard count at each checkpoint. Bytes, batches and seconds are those of units that
+# were not found; reading and parsing, computing, and writing go on at the same time.
+_COUNTED = (
+    *("units_found", "units_embedded", "records_read", "records_rejected"),
+    *("bytes", "batches", "read_msec", "compute_msec", "write_msec"),
+)
+
 
 def embed_records(
     loaded: Loaded,
@@ -31,6 +39,7 @@ def embed_records(
     target: str,
     shard_name: str,
     source: Iterable[records.Record | records.BadRecord],
+    tally: Tally | None = None,
 ) -> Iterator[tuple[Embeddings | None, list[tuple[int, str]]]]:
     """Embeds a shard's records, a batch at a time.
 
@@ -40,14 +49,18 @@ def embed_records(
       target: what to differentiate.
       shard_name: for the ids of examples that bring none.
       source: the records, and what could not be read.
+      tally: takes the batches, and the seconds of reading and of computing.
 
     Yields:
       The rows of the records that could be used, or None, and (position, reason) of the others.
     """
-    for batch, kept, rejected in ahead(_parsed(loaded, source)):
+    tally = tally or Tally()
+    for batch, kept, rejected in ahead(_timed(_parsed(loaded, source), tally, "read")):
         rows = None
         if batch is not None:
-            rows, refused = _embed_batch(loaded, checkpoint, target, shard_name, batch, kept)
+            tally.add("batches")
+            with tally.timed("compute"):
+                rows, refused = _embed_batch(loaded, checkpoint, target, shard_name, batch, kept)
             rejected += [(place, f"{why} at step {checkpoint.step}") for place, why in refused]
         yield rows, sorted(rejected)
 
@@ -59,6 +72,17 @@ def _parsed(
     for waiting, bad in _batches(source, loaded.engine.batch_size):
         batch, kept, refused = parse_records(loaded, waiting)
         yield batch, kept, [*((record.position, record.reason) for record in bad), *refused]
+
+
+def _timed(items: Iterator[T], tally: Tally, part: str) -> Iterator[T]:
+    """The items; the seconds of making them go to a part of the tally."""
+    end: Any = object()
+    while True:
+        with tally.timed(part):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
 
 
 def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
@@ -212,40 +236,54 @@ def _failing(
     return found
 
 
-def embed_unit(output: Output, source: EngineSource, unit: Unit, max_rejected: float) -> UnitResult:
-    """Writes a unit's embedding file, and then its mark.
+def embed_unit(
+    output: Output,
+    source: EngineSource,
+    unit: Unit,
+    max_rejected: float,
+    tally: Tally,
+) -> UnitResult:
+    """Writes a unit's embedding file, and then its mark; the tally takes what it cost.
 
     Raises:
       InputError: too many of the first records cannot be used, which rejected/ then tells of.
     """
     loaded = source.get()
     path = output.unit(unit)
-    read = used = 0
+    read = used = done = size = 0
     rejected: list[tuple[int, str]] = []
 
     def counted() -> Iterator[records.Record | records.BadRecord]:
-        nonlocal read
+        nonlocal read, size
         for record in records.read_records(unit.shard.path):
             read += 1
+            if isinstance(record, records.Record):
+                size += len(record.data)
             yield record
 
     # The mark of an earlier file must not vouch for the new one.
     files.remove([path + ".json"])
-    with files.atomic_write(path) as handle:
+    with (
+        files.atomic_write(path) as handle,
+        progress.piece("embedding", unit.shard.size) as piece,
+    ):
         writer = embeddings.EmbeddingWriter(handle)
         # Reading and parsing, computing, and writing each have a thread.
         for rows, refused in ahead(
-            embed_records(loaded, unit.checkpoint, unit.target, unit.shard.name, counted())
+            embed_records(loaded, unit.checkpoint, unit.target, unit.shard.name, counted(), tally)
         ):
             if rows is not None:
-                writer.write(rows)
+                with tally.timed("write"):
+                    writer.write(rows)
                 used += len(rows)
             rejected += refused
-            done = used + len(rejected)
+            before, done = done, used + len(rejected)
+            piece.add(done - before, size * (done - before) / max(read, 1))
             if len(rejected) > max(1000, max_rejected * done):
                 partly = ShardResult(unit.set_name, unit.shard, done, tuple(rejected))
                 _write_rejected(partly, output)
                 raise too_many(unit.set_name, unit.shard.path, done, rejected)
+    tally.add("bytes", size)
     result = UnitResult(unit, read, tuple(rejected))
     runs.write_unit(output, result)
     return result
@@ -269,16 +307,19 @@ class EmbedUnit(beam.DoFn):
         self._output = output
         self._source = source
         self._max_rejected = max_rejected
-        self._read = Metrics.counter("tracin", "records_read")
-        self._rejected = Metrics.counter("tracin", "records_rejected")
+        self._counters = Counters("embed", *_COUNTED)
 
     def process(self, unit: Unit) -> Iterator[UnitResult]:
-        result, verb = runs.read_unit(self._output, unit), "found"
+        result, verb, tally = runs.read_unit(self._output, unit), "found", Tally()
         if result is None:
-            result = embed_unit(self._output, self._source, unit, self._max_rejected)
+            result = embed_unit(self._output, self._source, unit, self._max_rejected, tally)
             verb = "embedded"
-        self._read.inc(result.read)
-        self._rejected.inc(len(result.rejected))
+        else:
+            progress.skip("embedding", unit.shard.size)
+        tally.add(f"units_{verb}")
+        tally.add("records_read", result.read)
+        tally.add("records_rejected", len(result.rejected))
+        self._counters.take(tally)
         _log.info(
             "%s %s at step %d: %d of %d records",
             verb,

@@ -17,7 +17,7 @@ import numpy as np
 from tracin_beam.errors import InputError
 from tracin_beam.scoring import topk
 from tracin_beam.scoring.topk import ROLES, Scored
-from tracin_beam.stages import embed, joining
+from tracin_beam.stages import embed, joining, progress
 from tracin_beam.stages.joining import Census, Group, Join
 from tracin_beam.stages.search import Both, BothScored
 from tracin_beam.stages.workers import Loaded
@@ -76,15 +76,18 @@ class ExactScores:
         shard = np.concatenate([shard for _, shard, _ in wanted])
         position = np.concatenate([position for *_, position in wanted])
         needed = np.unique(np.stack([shard, position], axis=1), axis=0)
-        for shards, positions, data in _chunks(self._join, needed):
-            keys = _keys(shards, positions)
-            for i, (queries, *own) in enumerate(wanted):
-                at = np.searchsorted(keys, np.intersect1d(keys, _keys(*own)))
-                step = self._rows_at_a_time(len(queries))
-                for start in range(0, len(at), step):
-                    some = at[start : start + step]
-                    kept, terms = self._terms(queries, [data[j] for j in some])
-                    yield i, Products(kept, shards[some], positions[some], terms)
+        pairs = sum(len(queries) * len(own) for queries, own, _ in wanted)
+        with progress.piece("exact scoring", pairs) as piece:
+            for shards, positions, data in _chunks(self._join, needed):
+                keys = _keys(shards, positions)
+                for i, (queries, *own) in enumerate(wanted):
+                    at = np.searchsorted(keys, np.intersect1d(keys, _keys(*own)))
+                    step = self._rows_at_a_time(len(queries))
+                    for start in range(0, len(at), step):
+                        some = at[start : start + step]
+                        kept, terms = self._terms(queries, [data[j] for j in some])
+                        piece.add(len(some), len(queries) * len(some))
+                        yield i, Products(kept, shards[some], positions[some], terms)
 
     def _rows_at_a_time(self, queries: int) -> int:
         size = self._loaded.engine.batch_size

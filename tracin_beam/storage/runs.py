@@ -58,6 +58,11 @@ class Shard:
     name: str
     identity: str
 
+    @property
+    def size(self) -> int:
+        """Bytes, when it was found."""
+        return int(self.identity.partition(":")[0] or 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
