@@ -147,7 +147,7 @@ def look(config: Config, *, with_test: bool) -> Found:
     if config.dim == "auto":
         config = dataclasses.replace(config, dim=kept or dims.DIMS[0])
     source, fingerprint, explicit_ids = _try_out(config, checkpoints, train, test)
-    changed = stale = runs.changes(earlier.get("fingerprint", fingerprint), fingerprint)
+    changed = stale = _changes(earlier, fingerprint)
     target = sets.get(config.test_name, {}).get("target", config.target)
     if test and target != config.target:
         changed = [
@@ -197,6 +197,12 @@ def look(config: Config, *, with_test: bool) -> Found:
         source.get().engine.described_kind(),
     )
     return Found(run, earlier, bool(stale), choice)
+
+
+def _changes(earlier: dict[str, Any], fingerprint: dict[str, str]) -> list[str]:
+    from tracin_beam.jobs import fingerprints  # imports Keras
+
+    return fingerprints.changes(earlier.get("fingerprint", fingerprint), fingerprint)
 
 
 def _earlier_dim(earlier: dict[str, Any]) -> int | None:
@@ -286,7 +292,7 @@ def _try_out(
         _log.warning("%s. Each example will be computed by itself, which is slower.", error)
         source, loaded = _reloaded(source, loaded, rules=False)
         loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
-    return source, fingerprints.of_task(task, loaded.engine, config), parser.gives_ids
+    return source, fingerprints.of_task(task, loaded.engine, config, source.task), parser.gives_ids
 
 
 def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -> tuple[bytes, Any]:
