@@ -13,6 +13,7 @@ import pytest
 from tracin_beam.errors import InputError
 from tracin_beam.inputs import task as tasks
 from tracin_beam.inputs.task import Task, in_keras_thread, load_task
+from tracin_beam.inputs.values import is_library
 
 TASK = """
 from tracin_beam.inputs.task import Task
@@ -29,14 +30,16 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """Leaves no trace of a test's modules."""
+    """Leaves no trace of a test's modules; TensorFlow cannot be imported twice."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(tasks, "_loaded", {})
     monkeypatch.setattr(tasks, "_roots", set())
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        del sys.modules[name]
+        path = getattr(sys.modules[name], "__file__", None)
+        if path and not is_library(path):
+            del sys.modules[name]
 
 
 def write(folder, files):
