@@ -174,7 +174,7 @@ def test_infinite_and_missing_numbers_stay_with_their_example():
 
 def test_batch_size_chosen_by_the_size_of_the_model():
     engine, batch, values = make(batch_size=0)
-    assert engine.batch_size == 256
+    assert engine.batch_size == 512
     assert engine.embed(values, batch).embedding.shape == (N, engine.dim)
 
 

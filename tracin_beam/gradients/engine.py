@@ -30,6 +30,7 @@ from tracin_beam.gradients import (
     padding,
     projections,
     quantities,
+    recurrent,
 )
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
@@ -39,12 +40,14 @@ from tracin_beam.inputs.weights import WeightsLoader
 
 # Checkpoints' weights kept in memory for each process.
 _VALUES_BYTES = 2 << 30
-# What a batch's outputs and gradients may take, the latter where they have to be written out.
+# What a batch may take: outputs, their gradients, and what of the weights' is written out.
 _BATCH_BYTES = 1 << 30
 # What of an example parse gives besides its id.
 _EXAMPLE = ("features", "label", "sample_weight")
 # Examples of one length that are computed together where they must not be padded.
 _OF_ONE_LENGTH = 8
+# Positions of unknown number are counted as so many.
+_POSITIONS = 128
 # By how much ‖∇ℓ‖² may differ between batch sizes, by the dtype that a layer computes in.
 _TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
 
@@ -233,61 +236,99 @@ class Engine:
         self.config = config
         self._lock = threading.Lock()
         self._functions: dict[tuple[str, str], Any] = {}
-        self._query_structure: dict[str, list[tuple[int, Form]]] = {}
         self._cache: collections.OrderedDict[str, list[tf.Tensor]] = collections.OrderedDict()
-        in_keras_thread(lambda: self._build(parser, example))
-
-    def _build(self, parser: Parser, example: Batch) -> None:
-        self.model = self.task.model()
-        if not isinstance(self.model, keras.Model):
-            raise InputError(f"Task.model returned a {type(self.model).__name__}, not a model.")
-        one = example.take([0])
-        with self._explained():
-            output = self.model(one.features, training=False)
-        self.kind = kinds.infer(self.task.loss, one.label, output, self.task.kind)
-        capture.make_traceable(self.model)
-        self.weights = select_weights(self.model, self.config.layers)
-        self.added = added.survey(self.model, example.take([0]).features)
-        self._recordable: list[keras.layers.Layer] = []
-        found = None
-        if self.config.rules:
-            found = capture.survey(
-                self.weights, lambda: self.model(example.take([0]).features, training=False)
-            )
-            # What a layer adds to the loss in its call is not seen in the gradient of its output.
-            adding = {id(one.layer) for one in self.added if one.inside}
-            self._recordable = [layer for layer in found.layers if id(layer) not in adding]
+        self._structure = (example.features, example.label, example.sample_weight)
+        self._example = example.take([0])
+        in_keras_thread(self._build)
+        self.weights = select_weights(self.model, config.layers)
         self.specs = [projections.WeightSpec(w.path, w.shape) for w in self.weights]
         self.projection = projections.make(
-            self.config.projection, self.config.dim, self.config.seed, self.specs, self.config.ways
+            config.projection, config.dim, config.seed, self.specs, config.ways
         )
         self.dim = self.projection.dim
-        self.batch_size = self.config.batch_size or self._fitting(found)
-        # Rows of the traced functions.
-        self._width = self.batch_size
-        if not self.config.padding:
-            self._width = min(self.batch_size, _OF_ONE_LENGTH)
-        structure = (example.features, example.label, example.sample_weight)
-        self._structure = structure
-        flat = zip(nests.present(parser.spec), nests.present(structure), strict=True)
-        self._flat_spec = [
-            _batch_spec(spec, x, self._width, parser.open_axes.get(place, 0))
+        flat = zip(nests.present(parser.spec), nests.present(self._structure), strict=True)
+        self._open_spec = [
+            _open_spec(spec, x, parser.open_axes.get(place, 0))
             for place, (spec, x) in enumerate(flat)
         ]
         self._values_spec = [tf.TensorSpec(v.shape, v.dtype) for v in self.model.variables]
 
-    def _fitting(self, found: capture.Survey | None) -> int:
+    def _build(self) -> None:
+        self.model = self.task.model()
+        if not isinstance(self.model, keras.Model):
+            raise InputError(f"Task.model returned a {type(self.model).__name__}, not a model.")
+        one = self._example
+        with self._explained():
+            output = self.model(one.features, training=False)
+        self.kind = kinds.infer(self.task.loss, one.label, output, self.task.kind)
+        capture.make_traceable(self.model)
+        self.added = added.survey(self.model, one.features)
+
+    @functools.cached_property
+    def _found(self) -> tuple[capture.Model, capture.Survey]:
+        """The model as gradients are taken of it, and what a trace of it showed."""
+        return in_keras_thread(self._surveyed)
+
+    def _surveyed(self) -> tuple[capture.Model, capture.Survey]:
+        # What a layer adds to the loss in its call is not seen in the gradient of its output.
+        adding = frozenset(id(one.layer) for one in self.added if one.inside)
+        model = capture.Model.of(self.model, self.weights, self.config.rules, adding)
+        recurrent.refuse_stateful(model.layers)
+        labelled = self._example.label is not None
+        forward = self._forward("loss" if labelled else "predicted_loss")
+        with self._explained():
+            found = capture.survey(model, forward, self._open_spec, self._structure)
+            if found.assumed:
+                some = self._example.take(np.zeros(3, np.int64))
+                others = capture.not_first(
+                    found.assumed, lambda: self.model(some.features, training=False), some.size
+                )
+                if others:
+                    model = dataclasses.replace(model, not_first=others)
+                    found = capture.survey(model, forward, self._open_spec, self._structure)
+        return model, found
+
+    @functools.cached_property
+    def batch_size(self) -> int:
+        """Examples computed at a time."""
+        return self.config.batch_size or self._fitting()
+
+    @property
+    def _width(self) -> int:
+        """Rows of the traced functions."""
+        return self.batch_size if self.config.padding else min(self.batch_size, _OF_ONE_LENGTH)
+
+    @property
+    def general(self) -> tuple[int, ...]:
+        """Indices of the weights that no rule is for: they take a product for each example."""
+        return tuple(sorted(self._found[1].general))
+
+    def slow_weights(self) -> dict[str, str | None]:
+        """By path of a weight that no rule is for, the layer that is run for each example.
+
+        None stands for the whole model.
+        """
+        owners = self._found[1].general
+        return {
+            self.weights[i].path: None if layer is None or layer is self.model else layer.name
+            for i, layer in sorted(owners.items())
+        }
+
+    def _fitting(self) -> int:
         """A batch size at which a batch's numbers fit into _BATCH_BYTES."""
-        parameters = sum(spec.size for spec in self.specs)
-        owners = {id(w.layer) for w in self.weights}
-        factors = isinstance(self.projection, projections.CountSketch)
-        if found is None or len(found.layers) < len(owners) or not factors:
-            largest, numbers = 256, parameters
-        else:
-            # Each output has its gradient, and both their copies on the way.
-            largest, numbers = 512, found.written + 4 * found.outputs
+        _, found = self._found
+        written = [self.weights[i].size for i in found.general]
+        projected = 2 * sum(written) + sum(
+            self.projection.numbers(self.specs[i], form) for i, form in found.forms.items()
+        )
+        kept = sum(written) + sum(
+            sum(math.prod(n or _POSITIONS for n in x.shape[1:]) for x in tf.nest.flatten(form))
+            for form in found.dots.values()
+        )
+        # Outputs are kept for the backward pass, which has as many gradients on the way.
+        numbers = 2 * found.outputs + max(projected, kept)
         fitting = _BATCH_BYTES // (4 * numbers)
-        return min(largest, max(4, 1 << fitting.bit_length() >> 1))
+        return min(256 if written else 512, max(1, 1 << fitting.bit_length() >> 1))
 
     def values(self, path: str) -> list[tf.Tensor]:
         """The weights in a checkpoint file, in the order of `model.variables`.
@@ -360,7 +401,6 @@ class Engine:
         if queries.groups:
             columns = [(i, self.scores(values, batch, q, target).T) for i, q in queries.groups]
             return _in_places(columns, queries.size).T
-        self._function("queries", target)
         function = self._function("scores", target)
         parts = [
             _run(function, values, self._padded(part), queries.gradients).numpy()[
@@ -374,11 +414,10 @@ class Engine:
         """How often each traced function was traced, by (kind, target)."""
         return {key: f.experimental_get_tracing_count() for key, f in self._functions.items()}
 
-    def query_bytes(self, target: str = "loss") -> int:
+    def query_bytes(self) -> int:
         """Memory that one `Queries` takes, in bytes, positions of unknown number counted as 128."""
-        self._function("queries", target)
         return sum(
-            math.prod(n or 128 for n in spec.shape) * 4 for spec in self._query_specs(target)
+            math.prod(n or _POSITIONS for n in spec.shape) * 4 for spec in self._query_specs()
         )
 
     def described_kind(self) -> dict[str, Any]:
@@ -517,13 +556,18 @@ class Engine:
 
     def _function(self, kind: str, target: str) -> Callable[..., Any]:
         key = (kind, target)
+        # Not within the lock's and the other thread's work, which would wait for one another.
+        _ = self.batch_size
         with self._lock:
             if key not in self._functions:
                 self._functions[key] = in_keras_thread(lambda: self._trace(kind, target))
             return self._functions[key]
 
     def _trace(self, kind: str, target: str) -> Callable[..., Any]:
-        signature = [self._values_spec, self._flat_spec]
+        flat_spec = [
+            tf.TensorSpec([self._width, *spec.shape[1:]], spec.dtype) for spec in self._open_spec
+        ]
+        signature = [self._values_spec, flat_spec]
         bodies: dict[str, Callable[..., Any]] = {
             "embed": self._embed,
             "norms": self._norms,
@@ -531,7 +575,7 @@ class Engine:
             "scores": self._scores,
         }
         if kind == "scores":
-            signature.append(self._query_specs(target))
+            signature.append(self._query_specs())
         function = tf.function(
             lambda *args: bodies[kind](target, *args), input_signature=signature, autograph=False
         )
@@ -598,12 +642,7 @@ class Engine:
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> capture.Captured:
         captured = capture.per_example_gradients(
-            self._forward(target),
-            self.model.variables,
-            values,
-            self.weights,
-            self._recordable,
-            *nests.repack(self._structure, flat),
+            *self._found, self._forward(target), values, flat, self._structure
         )
         if not captured.gradients:
             raise InputError(f"the {target} does not depend on any weight of {self.config.layers=}")
@@ -613,7 +652,6 @@ class Engine:
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> tuple[tf.Tensor, ...]:
         captured = self._gradients(target, values, flat)
-        self.general = captured.general
         embedding = self.projection(
             [(self.specs[i], form) for i, form in captured.gradients.items()]
         )
@@ -634,22 +672,38 @@ class Engine:
     ) -> tf.Tensor:
         return _squared_norm(self._gradients(target, values, flat))
 
-    def _ready(self, captured: capture.Captured) -> list[tuple[int, Form]]:
+    def _query_specs(self) -> list[tf.TensorSpec]:
+        """Of the flat tensors of `Queries`: every weight has its place, whatever the target."""
         return [
-            (i, forms.for_dot(form, self.specs[i].shape)) for i, form in captured.gradients.items()
+            tf.TensorSpec([self._width, *spec.shape[1:]], spec.dtype)
+            for spec in tf.nest.flatten(self._dots())
         ]
+
+    def _dots(self) -> dict[int, Form]:
+        """By index of the weight, the form in which its inner products are taken."""
+        general = {
+            i: forms.Full(tf.TensorSpec([None, self.weights[i].size], tf.float32))
+            for i in self.general
+        }
+        return dict(sorted({**self._found[1].dots, **general}.items()))
+
+    def _ready(self, captured: capture.Captured) -> dict[int, Form]:
+        return {
+            i: forms.for_dot(form, self.specs[i].shape) for i, form in captured.gradients.items()
+        }
 
     def _queries(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> list[tf.Tensor]:
         ready = self._ready(self._gradients(target, values, flat))
-        self._query_structure[target] = ready
-        return tf.nest.flatten([form for _, form in ready])
 
-    def _query_specs(self, target: str) -> list[tf.TensorSpec]:
-        ready = self._query_structure[target]
+        def absent(spec: tf.TensorSpec) -> tf.Tensor:
+            return tf.zeros([self._width, *(n or 1 for n in spec.shape[1:])], spec.dtype)
+
         return [
-            tf.TensorSpec(x.shape, x.dtype) for x in tf.nest.flatten([form for _, form in ready])
+            x
+            for i, form in self._dots().items()
+            for x in tf.nest.flatten(ready.get(i, tf.nest.map_structure(absent, form)))
         ]
 
     def _scores(
@@ -659,12 +713,10 @@ class Engine:
         flat: Sequence[tf.Tensor],
         queries: Sequence[tf.Tensor],
     ) -> tf.Tensor:
-        structure = self._query_structure[target]
-        packed = tf.nest.pack_sequence_as([form for _, form in structure], list(queries))
-        others = {i: form for (i, _), form in zip(structure, packed, strict=True)}
+        del target
+        others = tf.nest.pack_sequence_as(self._dots(), list(queries))
         own = self._ready(self._gradients("loss", values, flat))
-        products = [forms.dot(form, others[i]) for i, form in own if i in others]
-        return tf.add_n(products)
+        return tf.add_n([forms.dot(form, others[i]) for i, form in own.items()])
 
 
 def _in_places(parts: Sequence[tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:
@@ -704,12 +756,10 @@ def _squared_norm(captured: capture.Captured) -> tf.Tensor:
     return tf.add_n([forms.squared_norm(form) for form in captured.gradients.values()])
 
 
-def _batch_spec(
-    spec: tf.TensorSpec, example: tf.Tensor, batch_size: int, open_axes: int
-) -> tf.TensorSpec:
+def _open_spec(spec: tf.TensorSpec, example: tf.Tensor, open_axes: int) -> tf.TensorSpec:
     """The shape that parse states; axes that it leaves open stay so, but for the last one."""
     known = spec.shape.as_list() if spec.shape.rank is not None else [None] * example.shape.rank
-    shape = [batch_size, *known[1:]]
+    shape = [None, *known[1:]]
     if len(shape) > max(2, open_axes + 1) and shape[-1] is None:
         shape[-1] = example.shape[-1]
     return tf.TensorSpec(shape, example.dtype)

@@ -2,7 +2,7 @@
 
 A form holds the gradients of one weight for the B examples of a batch without, where that can be
 avoided, writing them out. `Outer` is what dense layers and convolutions give, `Rows` what an
-embedding gives, and `Full` is the gradient itself.
+embedding gives, `Full` is the gradient itself, and `Sum` that of a weight used in several ways.
 """
 
 import dataclasses
@@ -83,7 +83,41 @@ class Windowed(NamedTuple):
         return math.prod(self.window.size) * int(self.x.shape[-1])
 
 
-Form = Outer | Windowed | Rows | Full
+Single = Outer | Windowed | Rows | Full
+
+
+class Sum(NamedTuple):
+    """G_b = Σ of the parts' gradients, which are all of one shape [m, n].
+
+    Attributes:
+      parts: at least two forms, at most one of each type; see `add`.
+    """
+
+    parts: tuple[Single, ...]
+
+
+Form = Single | Sum
+
+
+def parts_of(form: Form) -> tuple[Single, ...]:
+    """What a sum adds up, or the form by itself."""
+    return form.parts if isinstance(form, Sum) else (form,)
+
+
+def specs(form: Any) -> Any:
+    """The form with `tf.TensorSpec`s in place of its tensors."""
+    return tf.nest.map_structure(
+        lambda x: tf.TensorSpec(x.shape, x.dtype) if tf.is_tensor(x) else x, form
+    )
+
+
+def matrix_shape(form: Form, shape: Sequence[int]) -> tuple[int, int]:
+    """(m, n): as what matrix a gradient of a weight of this shape is seen."""
+    for part in parts_of(form):
+        if isinstance(part, Outer):
+            return int(part.left.shape[-1]), int(part.right.shape[-1])
+    size = math.prod(shape)
+    return (size // int(shape[-1]), int(shape[-1])) if len(shape) > 1 else (size, 1)
 
 
 def full(gradient: tf.Tensor) -> Full:
@@ -93,33 +127,57 @@ def full(gradient: tf.Tensor) -> Full:
 
 
 def add(forms: Sequence[Form], shape: Sequence[int]) -> Form:
-    """The sum of several gradients of one weight of this shape (a layer called several times)."""
+    """The sum of several gradients of one weight of this shape, as when a layer is called twice.
+
+    Outer products of one shape stay factors, and rows of an embedding rows; where both occur, as
+    in a matrix that looks tokens up and scores them, the result is a `Sum`. Only what does not go
+    together as matrices of one shape is written out.
+    """
     if len(forms) == 1:
         return forms[0]
-    outer = [form for form in forms if isinstance(form, Outer)]
-    widths = {(form.left.shape[-1], form.right.shape[-1]) for form in outer}
-    if len(outer) == len(forms) and len(widths) == 1:
+    parts = [part for form in forms for part in parts_of(form)]
+    outer = [part for part in parts if isinstance(part, Outer)]
+    rows = [part for part in parts if isinstance(part, Rows)]
+    written: list[Single] = [part for part in parts if not isinstance(part, Outer | Rows)]
+    shapes = {(form.left.shape[-1], form.right.shape[-1]) for form in outer}
+    if rows:
+        shapes.add((shape[0], math.prod(shape) // shape[0]))
+    if len(shapes) > 1:
+        outer, rows, written = [], [], parts
+    found: list[Single] = []
+    if outer:
         lefts, rights = zip(*outer, strict=True)
-        return Outer(tf.concat(lefts, axis=1), tf.concat(rights, axis=1))
-    embedded = [form for form in forms if isinstance(form, Rows)]
-    if len(embedded) == len(forms):
-        ids, rows = zip(*embedded, strict=True)
-        return Rows(tf.concat([tf.cast(i, tf.int64) for i in ids], axis=1), tf.concat(rows, axis=1))
-    return Full(tf.add_n([materialise(form, shape) for form in forms]))
+        found.append(
+            outer[0]
+            if len(outer) == 1
+            else Outer(tf.concat(lefts, axis=1), tf.concat(rights, axis=1))
+        )
+    if rows:
+        ids, values = zip(*rows, strict=True)
+        if len(rows) > 1:
+            same = len({i.dtype for i in ids}) == 1
+            joined = tf.concat([i if same else tf.cast(i, tf.int64) for i in ids], axis=1)
+            rows = [Rows(joined, tf.concat(values, axis=1))]
+        found.append(rows[0])
+    if written:
+        found.append(Full(tf.add_n([materialise(part, shape) for part in written])))
+    return found[0] if len(found) == 1 else Sum(tuple(found))
 
 
 def materialise(form: Form, shape: Sequence[int]) -> tf.Tensor:
     """Writes the gradients out: float32 [B, N], N the product of the weight's shape."""
     size = math.prod(shape)
     match form:
+        case Sum(parts):
+            return tf.add_n([materialise(part, shape) for part in parts])
         case Full(value):
             return value
         case Outer(left, right):
             return tf.reshape(tf.matmul(left, right, transpose_a=True), [-1, size])
         case Windowed(x, right, window):
             # Quicker by a product for each position in the window than by patches side by side.
-            parts = [tf.matmul(part, right, transpose_a=True) for part in slices(x, window)]
-            return tf.reshape(tf.concat(parts, axis=1), [-1, size])
+            products = [tf.matmul(part, right, transpose_a=True) for part in slices(x, window)]
+            return tf.reshape(tf.concat(products, axis=1), [-1, size])
         case Rows(ids, rows):
             batch = tf.shape(ids, out_type=tf.int64)[0]
             vocabulary = shape[0]
@@ -135,9 +193,13 @@ def squared_norm(form: Form) -> tf.Tensor:
     """‖G_b‖² for each example, exact: float32 [B].
 
     ‖Σ_p a_p ⊗ g_p‖² = Σ_pq (a_p·a_q)(g_p·g_q): the Gram form, or the gradient written out,
-    whichever takes fewer multiplications.
+    whichever takes fewer multiplications. Of a sum with the products of its parts.
     """
     match form:
+        case Sum(parts):
+            norms = [squared_norm(part) for part in parts]
+            pairs = itertools.combinations(parts, 2)
+            return tf.add_n([*norms, *(2 * _inner(left, right) for left, right in pairs)])
         case Full(value):
             return _sum_squares(value)
         case Outer(left, right):
@@ -154,8 +216,35 @@ def squared_norm(form: Form) -> tf.Tensor:
             return tf.reduce_sum(same * tf.matmul(rows, rows, transpose_b=True), axis=[1, 2])
 
 
+def _inner(left: Form, right: Form) -> tf.Tensor:
+    """⟨G_b, H_b⟩ of each example, of two different forms: float32 [B]."""
+    match left, right:
+        case Outer(a, g), Rows(ids, rows):
+            # [B, P, Q] of the Q rows' ids and of the P outer products.
+            inputs = _columns(a, ids)
+            return tf.reduce_sum(inputs * tf.matmul(g, rows, transpose_b=True), axis=[1, 2])
+        case Full(value), Outer(a, g):
+            matrix = tf.reshape(value, [-1, a.shape[-1], g.shape[-1]])
+            return tf.reduce_sum(tf.matmul(a, matrix) * g, axis=[1, 2])
+        case Full(value), Rows(ids, rows):
+            matrix = tf.reshape(value, [tf.shape(ids)[0], -1, rows.shape[-1]])
+            return tf.reduce_sum(tf.gather(matrix, ids, batch_dims=1) * rows, axis=[1, 2])
+        case (Rows(), Outer()) | ((Outer() | Rows()), Full()):
+            return _inner(right, left)
+    raise TypeError(f"no inner product of {type(left).__name__} and {type(right).__name__}")
+
+
+def _columns(a: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+    """a[b, p, ids[b, q]]: [B, P, Q] of [B, P, V] and [B, Q]."""
+    return tf.transpose(tf.gather(tf.transpose(a, [0, 2, 1]), ids, batch_dims=1), [0, 2, 1])
+
+
 def for_dot(form: Form, shape: Sequence[int]) -> Form:
     """The form in which inner products with other examples cost least; see `dot`."""
+    if isinstance(form, Sum):
+        if any(isinstance(for_dot(part, shape), Full) for part in form.parts):
+            return Full(materialise(form, shape))
+        return form
     if isinstance(form, Windowed) or (isinstance(form, Outer) and form.left.shape[1] != 1):
         return Full(materialise(form, shape))
     return form
@@ -186,6 +275,13 @@ def dot(left: Form, right: Form) -> tf.Tensor:
                 parallel_iterations=2,
             )
             return tf.transpose(by_query)
+        case Outer(a, g), Rows(ids, rows):  # of one position
+            inputs = tf.gather(a[:, 0], ids, axis=1)
+            return tf.einsum("bqp,bn,qpn->bq", inputs, g[:, 0], rows)
+        case Rows(), Outer():
+            return tf.transpose(dot(right, left))
+        case Sum(lefts), Sum(rights):
+            return tf.add_n([dot(one, other) for one in lefts for other in rights])
     raise TypeError(f"no inner product of {type(left).__name__} and {type(right).__name__}")
 
 

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients import forms, ways
-from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Windowed
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Sum, Windowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,29 @@ class Projection(Protocol):
 
     def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
         """float32 [B, dim], the sum of the weights' projections."""
+
+    def numbers(self, spec: WeightSpec, form: Form) -> int:
+        """How many numbers it writes for each example to project a gradient of this form."""
+
+    def choose_ways(self, chosen: str, paths: Sequence[str]) -> None:
+        """Takes the user's choice, "REGEX=WAY,…".
+
+        Raises:
+          InputError: the projection has one way only, or not these; see `ways.parse`.
+        """
+
+
+class _OneWay:
+    """What projections have in common that write every gradient out."""
+
+    def numbers(self, spec: WeightSpec, form: Form) -> int:
+        del form
+        return spec.size
+
+    def choose_ways(self, chosen: str, paths: Sequence[str]) -> None:
+        del chosen, paths
+        kind = type(self).__name__.lower()
+        raise InputError(f"--ways is for --projection=countsketch; {kind} has one way only.")
 
 
 Factory = Callable[[int, int, Sequence[WeightSpec]], Projection]
@@ -77,9 +100,7 @@ def make(
         raise InputError(f"--projection={name} is not known; take one of {', '.join(names())}.")
     made = _PROJECTIONS[name](dim, seed, weights)
     if chosen_ways:
-        if not isinstance(made, CountSketch):
-            raise InputError(f"--ways is for --projection=countsketch; {name} has one way only.")
-        made.ways = ways.parse(chosen_ways, [spec.path for spec in weights])
+        made.choose_ways(chosen_ways, [spec.path for spec in weights])
     return made
 
 
@@ -131,6 +152,9 @@ class CountSketch:
         self.dim = dim
         self._seed = seed
 
+    def choose_ways(self, chosen: str, paths: Sequence[str]) -> None:
+        self.ways = ways.parse(chosen, paths)
+
     def way(self, spec: WeightSpec, form: Form) -> str:
         """The way that a gradient takes, one of `ways.costs`."""
         chosen = self.ways.get(spec.path) or ways.choose(form, self.dim)
@@ -141,21 +165,32 @@ class CountSketch:
             )
         return chosen
 
+    def numbers(self, spec: WeightSpec, form: Form) -> int:
+        return ways.numbers(form, self.way(spec, form), self.dim)
+
     def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
         sketches = []
         products: list[tuple[WeightSpec, Outer]] = []
         for spec, form in gradients:
-            match self.way(spec, form), form:
-                case "tensorsketch", Outer():
-                    products.append((spec, form))
-                case "blocks", Outer():
-                    sketches.append(self._blocks(spec, form))
-                case "rows", Rows():
-                    sketches.append(self._rows(spec, form))
-                case "compress", Outer() | Windowed():
-                    sketches.append(self._full(*self._compressed(spec, form)))
-                case _:
-                    sketches.append(self._full(spec, form))
+            way = self.way(spec, form)
+            shape = forms.matrix_shape(form, spec.shape) if isinstance(form, Sum) else None
+            for part in forms.parts_of(form):
+                # The parts of a sum need one map, the CountSketch or a compression, for all.
+                mine = way
+                if isinstance(form, Sum) and way != "compress":
+                    mine = ways.exact(part, self.dim)
+                match mine, part:
+                    case "tensorsketch", Outer():
+                        products.append((spec, part))
+                    case "blocks", Outer():
+                        sketches.append(self._blocks(spec, part))
+                    case "rows", Rows():
+                        sketches.append(self._rows(spec, part, shape))
+                    case "compress", _:
+                        sides = ways.compressed(form)
+                        sketches.append(self._full(*self._compressed(spec, part, shape, sides)))
+                    case _:
+                        sketches.append(self._full(spec, part, shape))
         if products:
             sketches.append(self._convolved(products))
         return tf.add_n(sketches)
@@ -202,32 +237,51 @@ class CountSketch:
         sketch = tf.reduce_sum(tf.reshape(sketch, [-1, turns, self.dim]), axis=1)
         return tf.roll(sketch, matrix.offset, axis=1)
 
-    def _compressed(self, spec: WeightSpec, form: Outer | Windowed) -> tuple[WeightSpec, Form]:
+    def _compressed(
+        self,
+        spec: WeightSpec,
+        form: Form,
+        shape: tuple[int, int] | None,
+        sides: tuple[int, int],
+    ) -> tuple[WeightSpec, Form]:
         """A G B with random signs in A, and in B where that side is wide."""
-        size = ways.shape_of(form)
-        m, n = size.m, size.n
-        rows, columns = ways.compressed(form)
-        right = form.right
-        if columns < n:
-            signs = random_signs(n * columns, self._seed, spec, "right").reshape(n, columns)
-            right = tf.tensordot(right, signs / np.float32(math.sqrt(columns)), 1)
+        if shape is None:
+            size = ways.shape_of(form)
+            shape = size.m, size.n
+        (m, n), (rows, columns) = shape, sides
+        signs = random_signs(n * columns, self._seed, spec, "right").reshape(n, columns)
+        right_matrix = signs / np.float32(math.sqrt(columns))
         signs = random_signs(m * rows, self._seed, spec, "left").reshape(m, rows)
-        matrix = signs / np.float32(math.sqrt(rows)) if rows < m else np.eye(m, dtype=np.float32)
-        left = forms.project_left(form, matrix)
+        left_matrix = signs / np.float32(math.sqrt(rows))
+        if rows == m:
+            left_matrix = np.eye(m, dtype=np.float32)
+        match form:
+            case Outer(_, right) | Windowed(_, right, _):
+                left = forms.project_left(form, left_matrix)
+            case Rows(ids, right):
+                left = tf.gather(tf.constant(left_matrix), ids)
+            case Full(value):
+                # The identity's rows and the gradient's: one position for each row.
+                right = tf.reshape(value, [-1, m, n])
+                batch = tf.shape(right)[0]
+                left = tf.broadcast_to(tf.constant(left_matrix), [batch, m, rows])
+            case _:
+                raise TypeError(f"{type(form).__name__} has no sides to compress")
+        if columns < n:
+            right = tf.tensordot(right, right_matrix, 1)
         value = tf.reshape(tf.matmul(left, right, transpose_a=True), [-1, rows * columns])
         return WeightSpec(spec.path, (rows, columns)), Full(value)
 
-    def _matrix(self, spec: WeightSpec, form: Form) -> "_Matrix":
-        if isinstance(form, Outer):
-            m, n = form.left.shape[-1], form.right.shape[-1]
-        elif len(spec.shape) > 1:
-            m, n = spec.size // spec.shape[-1], spec.shape[-1]
-        else:
-            m, n = spec.size, 1
+    def _matrix(
+        self, spec: WeightSpec, form: Form, shape: tuple[int, int] | None = None
+    ) -> "_Matrix":
+        m, n = shape or forms.matrix_shape(form, spec.shape)
         return _Matrix(self.dim, self._seed, spec, m, n)
 
-    def _full(self, spec: WeightSpec, form: Form) -> tf.Tensor:
-        matrix = self._matrix(spec, form)
+    def _full(
+        self, spec: WeightSpec, form: Form, shape: tuple[int, int] | None = None
+    ) -> tf.Tensor:
+        matrix = self._matrix(spec, form, shape)
         if len(spec.shape) == 1 and spec.size <= self.dim:
             value = forms.materialise(form, spec.shape) * matrix.row_signs
             value = tf.pad(value, [[0, 0], [0, self.dim - spec.size]])
@@ -240,8 +294,10 @@ class CountSketch:
         )
         return tf.transpose(summed)
 
-    def _rows(self, spec: WeightSpec, form: Rows) -> tf.Tensor:
-        matrix = self._matrix(spec, form)
+    def _rows(
+        self, spec: WeightSpec, form: Rows, shape: tuple[int, int] | None = None
+    ) -> tf.Tensor:
+        matrix = self._matrix(spec, form, shape)
         ids = tf.cast(form.ids, tf.int64)
         signs = tf.gather(tf.constant(matrix.row_signs), ids)
         value = form.rows * matrix.column_signs * signs[..., None]
@@ -332,7 +388,7 @@ def _leading(x: tf.Tensor) -> list[Any]:
 
 
 @projection("kronecker")
-class Kronecker:
+class Kronecker(_OneWay):
     """Two-sided Gaussian projection A G B of each gradient matrix G to k × l, k·l = dim.
 
     What LoGra (Choe et al., 2024, arXiv 2405.13954) and others do, with the layers added up
@@ -347,9 +403,15 @@ class Kronecker:
         self._k = next(k for k in range(math.isqrt(dim), 0, -1) if dim % k == 0)
 
     def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
-        return tf.add_n([self._one(spec, form) for spec, form in gradients])
+        return tf.add_n(
+            [
+                self._one(spec, part, forms.matrix_shape(form, spec.shape))
+                for spec, form in gradients
+                for part in forms.parts_of(form)
+            ]
+        )
 
-    def _one(self, spec: WeightSpec, form: Form) -> tf.Tensor:
+    def _one(self, spec: WeightSpec, form: Form, shape: tuple[int, int]) -> tf.Tensor:
         k, width = self._k, self.dim // self._k
         if isinstance(form, Outer):
             a = self._gaussian(spec, "rows", form.left.shape[-1], k)
@@ -358,18 +420,18 @@ class Kronecker:
             projected = tf.matmul(left, right, transpose_a=True)
         elif isinstance(form, Rows):
             # Rows of A by id, so that the vocabulary is never multiplied through.
-            a = self._gaussian(spec, "rows", spec.shape[0], k)
-            b = self._gaussian(spec, "columns", spec.shape[1], width)
+            a = self._gaussian(spec, "rows", shape[0], k)
+            b = self._gaussian(spec, "columns", shape[1], width)
             left, right = tf.gather(a, form.ids), tf.tensordot(form.rows, b, 1)
             projected = tf.matmul(left, right, transpose_a=True)
         else:
             value = forms.materialise(form, spec.shape)
             if len(spec.shape) < 2:
                 return tf.matmul(value, self._gaussian(spec, "whole", spec.size, self.dim))
-            n = spec.shape[-1]
-            a = self._gaussian(spec, "rows", spec.size // n, k)
+            m, n = shape
+            a = self._gaussian(spec, "rows", m, k)
             b = self._gaussian(spec, "columns", n, width)
-            matrix = tf.reshape(value, [-1, spec.size // n, n])
+            matrix = tf.reshape(value, [-1, m, n])
             projected = tf.einsum("bmn,mk,nl->bkl", matrix, a, b)
         return tf.reshape(projected, [-1, self.dim])
 
@@ -378,7 +440,7 @@ class Kronecker:
 
 
 @projection("gaussian")
-class Gaussian:
+class Gaussian(_OneWay):
     """A dense matrix of independent N(0, 1/dim) entries; the yardstick, and slow.
 
     The matrix has as many rows as the model has weights and is drawn anew, in blocks, for each
@@ -426,7 +488,7 @@ def _gaussian_block(
 
 
 @projection("none")
-class Whole:
+class Whole(_OneWay):
     """The gradient itself, all weights concatenated; dim is the number of weights."""
 
     def __init__(self, dim: int, seed: int, weights: Sequence[WeightSpec]) -> None:

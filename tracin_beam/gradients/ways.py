@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 
 from tracin_beam.errors import InputError
-from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Windowed
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Sum, Windowed
 
 WAYS = ("tensorsketch", "blocks", "rows", "materialise", "compress")
 
@@ -63,6 +63,9 @@ def shape_of(form: Form) -> Shape:
             return Shape(ids.shape[1], 1, rows.shape[-1])
         case Full(value):
             return Shape(1, value.shape[-1], 1)
+        case Sum(parts):
+            sizes = [shape_of(part) for part in parts if isinstance(part, Outer)]
+            return sizes[0] if sizes else shape_of(parts[0])
 
 
 def compressed(form: Form) -> tuple[int, int]:
@@ -76,6 +79,8 @@ def compressed(form: Form) -> tuple[int, int]:
 
 def costs(form: Form, dim: int) -> dict[str, float]:
     """Nanoseconds for each example of the ways that a gradient of this form can take."""
+    if isinstance(form, Sum):
+        return _sum_costs(form, dim)
     size = shape_of(form)
     positions, m, n = size.positions or _POSITIONS, size.m, size.n
     if isinstance(form, Full):
@@ -100,15 +105,55 @@ def costs(form: Form, dim: int) -> dict[str, float]:
     return found
 
 
+def _sum_costs(form: Sum, dim: int) -> dict[str, float]:
+    """Of a sum: "materialise" stands for the CountSketch itself, of each part as is cheapest."""
+    found = {"materialise": 0.0}
+    compress = 0.0
+    k, l = compressed(form)  # noqa: E741
+    for part in form.parts:
+        found["materialise"] += min(c for w, c in costs(part, dim).items() if w != "compress")
+        size = shape_of(part)
+        positions = size.positions or _POSITIONS
+        sides = positions * (size.m * k + k * l + size.n * l) / _PRODUCTS
+        compress += sides + 4 * positions * (k + l) / _BYTES
+    outer = next((part for part in form.parts if isinstance(part, Outer)), None)
+    if outer is not None and "compress" in costs(outer, dim):
+        found["compress"] = compress + _SCATTER * k * l
+    return found
+
+
+def exact(form: Form, dim: int) -> str:
+    """The cheapest way to the CountSketch itself."""
+    found = costs(form, dim)
+    return min((way for way in found if way != "compress"), key=found.__getitem__)
+
+
 def choose(form: Form, dim: int) -> str:
     """The way that a gradient of this form takes."""
     found = costs(form, dim)
     size = shape_of(form)
-    exact = min((way for way in found if way != "compress"), key=found.__getitem__)
+    cheapest = exact(form, dim)
     training = 3 * (size.positions or _POSITIONS) * size.m * size.n / _PRODUCTS
-    if "compress" in found and found[exact] > max(_SHARE * training, found["compress"]):
+    if "compress" in found and found[cheapest] > max(_SHARE * training, found["compress"]):
         return "compress"
-    return exact
+    return cheapest
+
+
+def numbers(form: Form, way: str, dim: int) -> int:
+    """How many numbers a way writes for each example, copies included."""
+    if isinstance(form, Sum):
+        parts = form.parts
+        return sum(numbers(p, way if way == "compress" else exact(p, dim), dim) for p in parts)
+    size = shape_of(form)
+    positions = size.positions or _POSITIONS
+    k, l = compressed(form)  # noqa: E741
+    return {
+        "tensorsketch": 3 * positions * (dim + 2),
+        "blocks": 3 * dim,
+        "rows": 4 * positions * size.n,  # places are twice as long as numbers
+        "materialise": 3 * size.m * size.n,  # as it is, with signs, transposed
+        "compress": positions * (k + l) + 3 * k * l,
+    }[way]
 
 
 def parse(text: str, paths: Sequence[str]) -> dict[str, str]:

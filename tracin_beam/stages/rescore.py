@@ -135,7 +135,7 @@ class ExactScores:
                 queries[np.asarray(parsed, np.int64)[list(kept)]],
                 None if gradients is None else self._join.score.of_gradients(place, gradients),
             )
-            each = max(1, engine.query_bytes(target))
+            each = max(1, engine.query_bytes())
             limit = max(len(self._join.checkpoints), QUERY_CACHE_BYTES // each)
             while len(self._cache) > limit:
                 self._cache.popitem(last=False)

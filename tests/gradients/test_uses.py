@@ -1,0 +1,190 @@
+"""Weights by the operations that use them: layers that no rule knows, against the tape."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from oracle import check_model, engine_of, task_of, values_of
+
+from tracin_beam.gradients import forms
+
+L = keras.layers
+N = 5
+CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+rng = np.random.default_rng(0)
+VECTORS = rng.normal(size=(N, 6)).astype("float32")
+SEQUENCES = rng.normal(size=(N, 4, 6)).astype("float32")
+IDS = rng.integers(0, 11, (N, 4))
+IMAGES = rng.normal(size=(N, 6, 6, 4)).astype("float32")
+CLASSES = rng.integers(0, 3, N)
+
+
+def check(layer, features, **options):
+    """A model of the layer, then mean pooling and a dense layer."""
+
+    def build():
+        x = inputs = keras.Input(features.shape[1:], dtype=features.dtype.name)
+        x = layer()(x)
+        if len(x.shape) > 2:
+            x = L.Flatten()(x) if None not in x.shape[1:] else L.GlobalAveragePooling1D()(x)
+        return keras.Model(inputs, L.Dense(3)(x))
+
+    return check_model(build, features, CLASSES, CROSSENTROPY, **options)
+
+
+class Weighted(L.Layer):
+    """A layer with weights of these shapes, and what it does with them."""
+
+    def __init__(self, shapes, how):
+        super().__init__()
+        self.shapes, self.how = shapes, how
+
+    def build(self, _):
+        self.own = [self.add_weight(shape=s, name=f"w{i}") for i, s in enumerate(self.shapes)]
+
+    def call(self, x):
+        return self.how(x, *(w.value for w in self.own))
+
+    def compute_output_shape(self, shape):
+        return tuple(self.how(tf.zeros([2, *shape[1:]]), *map(tf.zeros, self.shapes)).shape)
+
+
+ops = keras.ops
+PRODUCTS = {
+    "matmul": (((6, 5),), lambda x, w: ops.matmul(x, w)),
+    "transposed": (((5, 6),), lambda x, w: tf.matmul(x, w, transpose_b=True)),
+    "by a transpose": (((5, 6),), lambda x, w: ops.matmul(x, ops.transpose(w))),
+    "low rank": (((6, 2), (2, 5)), lambda x, a, b: ops.matmul(x, 0.5 * ops.matmul(a, b))),
+    "plus low rank": (
+        ((6, 5), (6, 2), (2, 5)),
+        lambda x, w, a, b: ops.matmul(x, w + 2 * ops.matmul(a, b)),
+    ),
+    "einsum": (((6, 2, 3),), lambda x, w: tf.einsum("...d,dhk->...hk", x, w)),
+    "normalised": (((6, 5),), lambda x, w: ops.matmul(x, w / tf.norm(w, axis=0, keepdims=True))),
+    "scaled": (((6, 5), (5,)), lambda x, w, s: ops.matmul(x, s * w / tf.norm(w, axis=0))),
+    "masked": (((6, 5),), lambda x, w: ops.matmul(x, w * np.tri(6, 5, dtype="float32"))),
+    "half of it": (((12, 5),), lambda x, w: ops.matmul(x, w[6:])),
+    "squared": (((6, 6),), lambda x, w: ops.matmul(x, ops.matmul(w, w))),
+    "two of it": (((6, 6),), lambda x, w: ops.matmul(ops.tanh(ops.matmul(x, w)), w)),
+    "two ways": (((6, 6),), lambda x, w: ops.matmul(x, w) * ops.sum(w, axis=0)),
+    "in blocks": (((3, 2, 5),), lambda x, w: tf.einsum("...gi,gio->...go", blocks(x), w)),
+    "split": (((6, 10),), lambda x, w: multiply(*ops.split(ops.matmul(x, w), 2, axis=-1))),
+    "split first": (((6, 10),), lambda x, w: multiply(*[x @ p for p in tf.split(w, 2, axis=1)])),
+    "softmax of it": (((6, 5),), lambda x, w: ops.matmul(x, ops.softmax(w))),
+}
+
+
+def blocks(x):
+    return tf.reshape(x, [*x.shape[:-1], 3, 2]) if x.shape[0] else tf.zeros([1, 3, 2])
+
+
+def multiply(a, b):
+    return ops.sigmoid(a) * b
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("features", [VECTORS, SEQUENCES], ids=["vectors", "sequences"])
+def test_products(name, features):
+    shapes, how = PRODUCTS[name]
+    check(lambda: Weighted(shapes, how), features)
+
+
+def first(x, w):
+    return tf.concat([tf.broadcast_to(w, [tf.shape(x)[0], 1, 6]), x], axis=1)
+
+
+ELEMENTWISE = {
+    "added": (((4, 6),), lambda x, w: x + w),
+    "a row": (((1, 6),), lambda x, w: x - w),
+    "scale": (((6,),), lambda x, w: x * w),
+    "one number": (((),), lambda x, w: x * w + w),
+    "divided": (((6,),), lambda x, w: x / w),
+    "from": (((6,),), lambda x, w: w - x),
+    "over": (((6,),), lambda x, w: w / (1 + x**2)),
+    "maximum": (((6,),), lambda x, w: tf.maximum(x, w)),
+    "power": (((6,),), lambda x, w: tf.pow(1 + x**2, w)),
+    "where": (((6,),), lambda x, w: tf.where(x > 0, x, w)),
+    "positive": (((6,),), lambda x, w: x * ops.softplus(w)),
+    "first of many": (((9, 6),), lambda x, w: x + w[: x.shape[1]]),
+    "looked up": (((9, 6),), lambda x, w: x + tf.gather(w, tf.range(tf.shape(x)[1]))),
+    "class token": (((1, 1, 6),), first),
+    "repeated": (((1, 1, 6),), lambda x, w: tf.concat([tf.repeat(w, tf.shape(x)[0], 0), x], 1)),
+    "tiled": (((1, 2, 6),), lambda x, w: tf.concat([tf.tile(w, [tf.shape(x)[0], 1, 1]), x], 1)),
+    "on zeros": (((2, 6),), lambda x, w: tf.concat([tf.zeros_like(x[:, :2]) + w, x], 1)),
+    "of another axis": (((4, 1),), lambda x, w: x * w),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise(name):
+    shapes, how = ELEMENTWISE[name]
+    check(lambda: Weighted(shapes, how), SEQUENCES)
+
+
+CONVOLUTIONS = {
+    "convolution": (((3, 3, 4, 2),), lambda x, w: tf.nn.conv2d(x, w, 2, "SAME")),
+    "standardised": (
+        ((3, 3, 4, 2),),
+        lambda x, w: tf.nn.conv2d(x, (w - tf.reduce_mean(w, [0, 1, 2])) * 2, 1, "VALID"),
+    ),
+    "depthwise": (
+        ((3, 3, 4, 2),),
+        lambda x, w: tf.nn.depthwise_conv2d(x, w, [1, 1, 1, 1], "SAME"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    shapes, how = CONVOLUTIONS[name]
+    check(lambda: Weighted(shapes, how), IMAGES)
+
+
+def test_what_no_rule_is_for_takes_a_product_for_each_example_of_that_layer_alone():
+    def volume(x, w):
+        return tf.nn.conv3d(x[..., None], w, [1] * 5, "SAME")[..., 0]
+
+    engine, _ = check(lambda: Weighted(((2, 2, 2, 1, 1),), volume), IMAGES, general=["weighted/w0"])
+    assert engine.slow_weights() == {"weighted/w0": engine.model.layers[1].name}
+
+
+class Tied(keras.Model):
+    """The matrix that looks tokens up also scores them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.embedding = L.Embedding(11, 6)
+        self.hidden = L.Dense(6, "tanh")
+        self.how = how
+
+    def call(self, x):
+        return self.how(self.hidden(self.embedding(x)), self.embedding.embeddings.value)
+
+
+TIES = [
+    lambda h, e: ops.matmul(h, ops.transpose(e)),
+    lambda h, e: tf.einsum("btd,vd->btv", h, e),
+    lambda h, e: tf.matmul(h[:, -1:], e, transpose_b=True) * tf.ones([4, 1]),
+]
+
+
+@pytest.mark.parametrize("how", TIES)
+@pytest.mark.parametrize("projection", ["none", "kronecker", "countsketch"])
+def test_tied_embeddings(how, projection):
+    if projection == "none":
+        check_model(lambda: Tied(how), IDS, IDS, CROSSENTROPY)
+        return
+    # The sum has the same projection whether it is of factors or written out.
+
+    task = task_of(lambda: Tied(how), IDS, IDS, CROSSENTROPY)
+    engine, batch = engine_of(task, N, projection=projection, dim=64)
+    whole, _ = engine_of(task, N)
+    values = values_of(engine.model)
+    gradients = whole.embed(values, batch).embedding
+    sizes = np.cumsum([spec.size for spec in whole.specs])[:-1]
+    parts = np.split(gradients, sizes, axis=1)
+    again = sum(
+        engine.projection([(spec, forms.Full(tf.constant(part)))]).numpy()
+        for spec, part in zip(engine.specs, parts, strict=True)
+    )
+    np.testing.assert_allclose(engine.embed(values, batch).embedding, again, 1e-3, 1e-4)

@@ -1,0 +1,838 @@
+"""Per-example gradients of weights by the operations that use them.
+
+A layer that has no rule of its own is still made of operations: a product, a sum, a look-up. In
+the graph of the forward pass the uses of a weight are the operations that it reaches through
+others that do not see the examples, such as a reshaping, or the product of two low-rank factors.
+One backward pass gives g, the gradient with respect to each such operation's output, and for most
+kinds of operation g and the other operand give each example's gradient of the weight:
+
+    y = x W, and any einsum        Σ_p x[b, p] ⊗ g[b, p]
+    y = x + w, x w, max(x, w), …   what the elements give, summed over what was broadcast
+    y = w[ids]                     Σ_p e(ids[b, p]) ⊗ g[b, p]
+    y = x ∗ W                      Σ_p patch(x[b], p) ⊗ g[b, p]
+    y = w repeated                 Σ g over the repetitions, but for the example's
+
+What lies between the weight and its use is linear in that gradient, and passes it on. A weight
+that is used in several ways has the sum of them. So it does not matter to which layer a weight
+belongs, whether it is tied, or what class the layer is of. An operation that is not known here
+leaves its weights to `general`.
+
+To add an operation, write a function and put `@use("ItsType")` on it, or `@passage("ItsType")`
+for one that weights alone go through.
+"""
+
+import contextlib
+import dataclasses
+import math
+import string
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+from tracin_beam.gradients import forms
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Window, Windowed
+
+# Operations whose outputs tell the shape of their input, and nothing of what it holds.
+_SHAPES = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
+_NO_GRADIENT = {*_SHAPES, "StopGradient", "PreventGradient"}
+# Operations after which an example's rows still follow one another.
+_ROWWISE = {
+    "AddV2", "Add", "AddN", "BatchMatMulV2", "BatchMatMulV3", "BiasAdd", "Cast", "Conv2D",
+    "ConcatV2", "DepthwiseConv2dNative", "Einsum", "Elu", "Erf", "Exp", "ExpandDims", "Identity",
+    "IdentityN", "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Maximum", "Mean", "Minimum", "Mul",
+    "Neg", "Pad", "PadV2", "Pow", "RealDiv", "Relu", "Relu6", "Rsqrt", "SelectV2", "Selu",
+    "Sigmoid", "Softmax", "Softplus", "Sqrt", "Square", "SquaredDifference", "Squeeze",
+    "StopGradient", "StridedSlice", "Sub", "Sum", "Tanh", "Max", "MaxPool", "AvgPool",
+}  # fmt: skip
+
+
+# Operations whose rules tell the two apart when both operands are the same weight.
+_TWICE = {"AddV2", "Add", "Sub", "AddN"}
+
+
+class Unknown(Exception):
+    """An operation, or a use of it, that no rule here is for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a tensor has the examples.
+
+    Attributes:
+      axis: the axis.
+      positions: of how many entries along it each example has, one example's after another's;
+        None where that is not known before the data is there.
+    """
+
+    axis: int
+    positions: int | None
+
+
+# The layout of a tensor that holds something of each example; None if that is not known.
+Layouts = Callable[[tf.Tensor], Layout | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What is known of the examples in a graph.
+
+    Attributes:
+      size: the number of examples.
+      layout: of any tensor.
+      shared: whether a tensor is the same for all examples and holds none of them.
+    """
+
+    size: int
+    layout: Layouts
+    shared: Callable[[tf.Tensor], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The uses of some weights.
+
+    Attributes:
+      sources: the weights.
+      passages: operations between weights and uses, in the order of the graph.
+      uses: the operations that mix weights with examples.
+      reached: references of the weights and of all that is made of them alone.
+    """
+
+    sources: Sequence[tf.Tensor]
+    passages: Sequence[tf.Operation]
+    uses: Sequence[tf.Operation]
+    reached: set[Any]
+
+
+Use = Callable[[tf.Operation, int, tf.Tensor, Batch], Form]
+Passage = Callable[[tf.Operation, int, Form], Form]
+
+_USES: dict[str, Use] = {}
+_PASSAGES: dict[str, Passage] = {}
+
+
+def use(*types: str) -> Callable[[Use], Use]:
+    """Registers the rule of operations: (operation, which input, g, batch) -> gradient."""
+
+    def register(function: Use) -> Use:
+        _USES.update(dict.fromkeys(types, function))
+        return function
+
+    return register
+
+
+def passage(*types: str) -> Callable[[Passage], Passage]:
+    """Registers what operations do with gradients: (operation, which input, of its output)."""
+
+    def register(function: Passage) -> Passage:
+        _PASSAGES.update(dict.fromkeys(types, function))
+        return function
+
+    return register
+
+
+def data_dependent(inputs: Iterable[tf.Tensor]) -> set[str]:
+    """Names of the operations whose outputs depend on what these tensors hold, theirs too."""
+    waiting = list(inputs)
+    found = {x.op.name for x in waiting}
+    while waiting:
+        for operation in waiting.pop().consumers():
+            if operation.name not in found and operation.type not in _SHAPES:
+                found.add(operation.name)
+                waiting.extend(operation.outputs)
+    return found
+
+
+def find(
+    sources: Sequence[tf.Tensor],
+    shared: Callable[[tf.Tensor], bool],
+    covered: Container[str] = (),
+) -> Found:
+    """The uses of these weights in the graph as it is now, but for operations of these names."""
+    passages: dict[str, tf.Operation] = {}
+    uses: dict[str, tf.Operation] = {}
+    reached = {source.ref() for source in sources}
+    waiting = list(sources)
+    while waiting:
+        for operation in waiting.pop().consumers():
+            if operation.name in passages or operation.name in uses:
+                continue
+            if operation.name in covered:
+                continue
+            outputs = [x for x in operation.outputs if x.dtype.is_floating]
+            if operation.type in _NO_GRADIENT or not (outputs or _opaque(operation)):
+                continue
+            if all(shared(x) for x in outputs) and not _opaque(operation):
+                passages[operation.name] = operation
+                reached.update(x.ref() for x in outputs)
+                waiting.extend(outputs)
+            else:
+                uses[operation.name] = operation
+    ordered = sorted(passages.values(), key=lambda operation: operation._id)
+    return Found(sources, ordered, list(uses.values()), reached)
+
+
+def _opaque(operation: tf.Operation) -> bool:
+    """Whether weights go into a list or a dictionary, out of which anything may come."""
+    return any(x.dtype in (tf.variant, tf.resource) for x in operation.outputs)
+
+
+def outputs(found: Found) -> list[tf.Tensor]:
+    """The outputs of the uses, with respect to which gradients are wanted."""
+    return [x for o in found.uses if not _opaque(o) for x in o.outputs if x.dtype.is_floating]
+
+
+def gradients(
+    found: Found, of_outputs: Mapping[str, tf.Tensor | None], batch: Batch
+) -> tuple[list[Form | None], dict[str, tf.Operation]]:
+    """Each example's gradients of the weights.
+
+    Args:
+      found: the weights' uses.
+      of_outputs: g by name of a tensor of `outputs`; None where nothing depends on it.
+      batch: what is known of the examples.
+
+    Returns:
+      For each weight its gradient, or None if it has none or if it is not known; and by name the
+      uses that no rule is for. `missing` says which weights are not known.
+    """
+    partial: dict[Any, list[Form]] = {}
+    unknown: dict[str, tf.Operation] = {}
+    for operation in found.uses:
+        given = [of_outputs[x.name] for x in operation.outputs if x.name in of_outputs]
+        if _opaque(operation) or (len(given) > 1 and any(g is not None for g in given)):
+            unknown[operation.name] = operation
+            continue
+        g = given[0] if given else None
+        if g is None:
+            continue
+        for i, x in enumerate(operation.inputs):
+            if x.ref() not in found.reached:
+                continue
+            rule = _USES.get(operation.type)
+            if rule is None:
+                unknown[operation.name] = operation
+                continue
+            try:
+                partial.setdefault(x.ref(), []).append(rule(operation, i, g, batch))
+            except Unknown:
+                unknown[operation.name] = operation
+    blocked = {x.ref() for operation in unknown.values() for x in operation.inputs} & found.reached
+    for operation in reversed(found.passages):
+        for output in operation.outputs:
+            if output.ref() in blocked:
+                blocked.update(x.ref() for x in operation.inputs if x.ref() in found.reached)
+                continue
+            parts = partial.pop(output.ref(), None)
+            if parts is None:
+                continue
+            for i, x in enumerate(operation.inputs):
+                if x.ref() not in found.reached or x.ref() in blocked:
+                    continue
+                if _earlier(operation, i):
+                    continue
+                try:
+                    for part in _together(parts, output):
+                        partial.setdefault(x.ref(), []).append(_through(operation, i, part, output))
+                except Unknown:
+                    unknown[operation.name] = operation
+                    blocked.add(x.ref())
+    results: list[Form | None] = []
+    for source in found.sources:
+        parts = None if source.ref() in blocked else partial.get(source.ref())
+        results.append(forms.add(parts, source.shape) if parts else None)
+    return results, unknown
+
+
+def missing(found: Found, unknown: dict[str, tf.Operation]) -> list[int]:
+    """Indices of the weights whose gradient takes one of these operations."""
+    reaching = {x.ref() for operation in unknown.values() for x in operation.inputs}
+    for operation in reversed(found.passages):
+        if any(output.ref() in reaching for output in operation.outputs):
+            reaching.update(x.ref() for x in operation.inputs)
+    return [i for i, source in enumerate(found.sources) if source.ref() in reaching]
+
+
+def _together(parts: Sequence[Form], x: tf.Tensor) -> Sequence[Form]:
+    if len(parts) == 1 or not x.shape.is_fully_defined():
+        return parts
+    return forms.parts_of(forms.add(parts, x.shape))
+
+
+def _earlier(operation: tf.Operation, i: int) -> bool:
+    """Whether the gradient function of an operation has given this input's part already."""
+    again = any(operation.inputs[j] is operation.inputs[i] for j in range(i))
+    return again and operation.type not in _TWICE
+
+
+def _through(operation: tf.Operation, i: int, form: Form, output: tf.Tensor) -> Form:
+    if operation.type in _PASSAGES:
+        return _PASSAGES[operation.type](operation, i, form)
+    return _transposed_jacobian(operation, i, form, output)
+
+
+def _transposed_jacobian(operation: tf.Operation, i: int, form: Form, output: tf.Tensor) -> Full:
+    """Through any operation: its own gradient function, for each example's gradient."""
+    x = operation.inputs[i]
+    if any(y is x for j, y in enumerate(operation.inputs) if j != i) and operation.type in _TWICE:
+        raise Unknown(operation.type)
+    value = _written(form, output)
+    graph = tf.compat.v1.get_default_graph()
+    before = graph.version
+
+    def one(g: tf.Tensor) -> tf.Tensor:
+        (gradient,) = tf.gradients(
+            output, [x], [tf.cast(g, output.dtype)], stop_gradients=list(operation.inputs)
+        )
+        if gradient is None:
+            return tf.zeros(tf.shape(x))
+        return tf.cast(tf.convert_to_tensor(gradient), tf.float32)
+
+    try:
+        result = tf.vectorized_map(one, value)
+    except Exception as error:  # its converters fail in many ways
+        raise Unknown(operation.type) from error
+    new = [o for o in graph.get_operations() if o._id > before + 1]
+    if unsafe_products(new):
+        raise Unknown(operation.type)
+    return _full(result, x)
+
+
+def unsafe_products(operations: Iterable[tf.Operation]) -> bool:
+    """Whether one of them is a product of four axes or more that broadcasts an operand.
+
+    TensorFlow 2.20 on a processor with AMX crashes on it.
+    """
+    for operation in operations:
+        if operation.type in ("BatchMatMulV2", "BatchMatMulV3"):
+            left, right = (x.shape for x in operation.inputs[:2])
+            if left.rank is None or right.rank is None:
+                return True
+            known = left[:-2].is_fully_defined() and right[:-2].is_fully_defined()
+            if max(left.rank, right.rank) > 3 and not (known and left[:-2] == right[:-2]):
+                return True
+    return False
+
+
+def _written(form: Form, x: tf.Tensor) -> tf.Tensor:
+    """A gradient with respect to x written out: [B, *x.shape]."""
+    value = form.value if isinstance(form, Full) else forms.materialise(form, x.shape)
+    if x.shape.is_fully_defined():
+        return tf.reshape(value, [tf.nest.flatten(form)[0].shape[0] or -1, *x.shape])
+    return tf.reshape(value, tf.concat([tf.shape(value)[:1], tf.shape(x)], axis=0))
+
+
+def _full(value: tf.Tensor, x: tf.Tensor) -> Full:
+    size = math.prod(x.shape) if x.shape.is_fully_defined() else -1
+    batch = value.shape[0] if value.shape[0] is not None else tf.shape(value)[0]
+    return Full(tf.reshape(tf.cast(value, tf.float32), [batch, size]))
+
+
+# --- what weights go through -----------------------------------------------------------------
+
+
+@passage("Identity", "Cast", "Snapshot", "EnsureShape", "CheckNumerics")
+def _same(operation: tf.Operation, i: int, form: Form) -> Form:
+    del operation, i
+    return form
+
+
+@passage("Reshape", "ExpandDims", "Squeeze")
+def _reshaped(operation: tf.Operation, i: int, form: Form) -> Form:
+    """Flattened, a gradient stays what it is; only rows need their axis."""
+    x, y = operation.inputs[i], operation.outputs[0]
+    if isinstance(form, Rows) and x.shape[:1] != y.shape[:1]:
+        return _full(_written(form, y), x)
+    return form
+
+
+@passage("Neg")
+def _negative(operation: tf.Operation, i: int, form: Form) -> Form:
+    del operation, i
+    return _scaled(form, tf.constant(-1.0))
+
+
+@passage("AddV2", "Add", "Sub", "AddN", "BiasAdd", "BroadcastTo", "Tile")
+def _added(operation: tf.Operation, i: int, form: Form) -> Form:
+    x, y = operation.inputs[i], operation.outputs[0]
+    if x.shape.is_fully_defined() and x.shape == y.shape and operation.type != "Tile":
+        return _negative(operation, i, form) if operation.type == "Sub" and i == 1 else form
+    return _transposed_jacobian(operation, i, form, y)
+
+
+@passage("Mul", "RealDiv")
+def _multiplied(operation: tf.Operation, i: int, form: Form) -> Form:
+    """By other weights or a constant: factors stay factors where the other one is of rank one."""
+    x, y = operation.inputs[i], operation.outputs[0]
+    if operation.inputs[1 - i] is x:
+        return _transposed_jacobian(operation, i, form, y)
+    other = tf.cast(operation.inputs[1 - i], tf.float32)
+    if operation.type == "RealDiv":
+        if i == 1:
+            return _transposed_jacobian(operation, i, form, y)
+        other = 1.0 / other
+    if not isinstance(form, Full) and x.shape.is_fully_defined() and x.shape == y.shape:
+        size = math.prod(other.shape) if other.shape.is_fully_defined() else None
+        if size == 1:
+            return _scaled(form, tf.reshape(other, []))
+        right_width = form.rows.shape[-1] if isinstance(form, Rows) else None
+        if isinstance(form, Outer):
+            right_width = form.right.shape[-1]
+            leading = int(x.shape[0])
+            if other.shape[:1] == [leading] == [form.left.shape[-1]] and size == leading:
+                return Outer(form.left * tf.reshape(other, [-1]), form.right)
+        if size == right_width and other.shape[-1:] == [right_width] == x.shape[-1:]:
+            return _scaled(form, tf.reshape(other, [-1]))
+    if isinstance(form, Outer) and x.shape != y.shape and x.shape.is_fully_defined():
+        # The other operand is the matrix and this one scales its columns or all of it.
+        m, n = form.left.shape[-1], form.right.shape[-1]
+        if other.shape == y.shape and y.shape == [m, n]:
+            columns = tf.reduce_sum(tf.matmul(form.left, _tiled(other, form)) * form.right, axis=1)
+            if math.prod(x.shape) == n and x.shape[-1:] == [n]:
+                return Full(columns)
+            if math.prod(x.shape) == 1:
+                return Full(tf.reduce_sum(columns, axis=1, keepdims=True))
+    return _transposed_jacobian(operation, i, form, y)
+
+
+def _tiled(matrix: tf.Tensor, form: Outer) -> tf.Tensor:
+    return tf.broadcast_to(matrix, [form.left.shape[0] or tf.shape(form.left)[0], *matrix.shape])
+
+
+def _scaled(form: Form, factor: tf.Tensor) -> Form:
+    """The gradient times a number, or its last axis times a vector."""
+    match form:
+        case Full(value):
+            return Full(value * factor)
+        case Rows(ids, rows):
+            return Rows(ids, rows * factor)
+        case Outer(left, right):
+            return Outer(left, right * factor)
+        case Windowed(x, right, window):
+            return Windowed(x, right * factor, window)
+    return forms.Sum(tuple(_scaled(part, factor) for part in form.parts))  # type: ignore[misc]
+
+
+@passage("Transpose")
+def _transposed(operation: tf.Operation, i: int, form: Form) -> Form:
+    """Factors change sides if the axes of one are all put before those of the other."""
+    x, y = operation.inputs[i], operation.outputs[0]
+    order = tf.get_static_value(operation.inputs[1])
+    if order is None:
+        return _transposed_jacobian(operation, i, form, y)
+    if isinstance(form, Outer) and y.shape.is_fully_defined():
+        rank = len(order)
+        for split in range(1, rank):
+            if math.prod(y.shape[:split]) == form.left.shape[-1]:
+                left, right = list(order[:split]), list(order[split:])
+                if left == sorted(left) and right == sorted(right):
+                    if max(left) < min(right):
+                        return form
+                    if max(right) < min(left):
+                        return Outer(form.right, form.left)
+    inverse = sorted(range(len(order)), key=lambda a: order[a])
+    value = tf.transpose(_written(form, y), [0, *(1 + a for a in inverse)])
+    return _full(value, x)
+
+
+@passage("MatMul")
+def _of_product(operation: tf.Operation, i: int, form: Form) -> Form:
+    """U = V W of weights, as low-rank factors are: G_V = G_U Wᵀ and G_W = Vᵀ G_U."""
+    turned = operation.get_attr("transpose_a") or operation.get_attr("transpose_b")
+    other = tf.cast(operation.inputs[1 - i], tf.float32)
+    if not turned and operation.inputs[0] is not operation.inputs[1]:
+        match form:
+            case Outer(left, right) if right.shape[-1] == operation.outputs[0].shape[-1]:
+                if i == 0:
+                    return Outer(left, tf.tensordot(right, other, [[-1], [1]]))
+                return Outer(tf.tensordot(left, other, [[-1], [0]]), right)
+            case Rows(ids, rows):
+                if i == 0:
+                    return Rows(ids, tf.tensordot(rows, other, [[-1], [1]]))
+                return Outer(tf.gather(other, ids), rows)
+    return _transposed_jacobian(operation, i, form, operation.outputs[0])
+
+
+@passage("GatherV2")
+def _looked_up(operation: tf.Operation, i: int, form: Form) -> Form:
+    """Rows of a table that all examples look up, as positions are."""
+    x, y = operation.inputs[i], operation.outputs[0]
+    axis = tf.get_static_value(operation.inputs[2])
+    if axis != 0 or operation.get_attr("batch_dims") or not isinstance(form, Full):
+        return _transposed_jacobian(operation, i, form, y)
+    value = _written(form, y)
+    ids = tf.reshape(operation.inputs[1], [1, -1])
+    batch = value.shape[0]
+    width = math.prod(x.shape[1:])
+    return Rows(tf.repeat(ids, batch, axis=0), tf.reshape(value, [batch, -1, width]))
+
+
+@passage("StridedSlice", "Slice")
+def _sliced(operation: tf.Operation, i: int, form: Form) -> Form:
+    """A slice of whole rows from the first on, as of position embeddings; else by its gradient."""
+    x, y = operation.inputs[i], operation.outputs[0]
+    value = _written(form, y)
+    if x.shape.is_fully_defined() and x.shape.rank == y.shape.rank:
+        first = _first_of_slice(operation)
+        if first is not None:
+            sizes = [y.shape[a] or tf.shape(y)[a] for a in range(x.shape.rank)]
+            after = [x.shape[a] - first[a] - sizes[a] for a in range(x.shape.rank)]
+            pads = [[0, 0], *([first[a], after[a]] for a in range(x.shape.rank))]
+            value = tf.pad(value, pads)
+            return _full(tf.ensure_shape(value, [value.shape[0], *x.shape]), x)
+    return _transposed_jacobian(operation, i, Full(tf.reshape(value, [value.shape[0], -1])), y)
+
+
+def _first_of_slice(operation: tf.Operation) -> list[int] | None:
+    """Where a slice begins along each axis, if it takes what follows without gaps."""
+    rank = operation.inputs[0].shape.rank
+    begin = tf.get_static_value(operation.inputs[1])
+    if begin is None:
+        return None
+    if operation.type == "Slice":
+        return [int(b) for b in begin]
+    strides = tf.get_static_value(operation.inputs[3])
+    masks = ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+    if strides is None or any(s != 1 for s in strides):
+        return None
+    if any(operation.get_attr(mask) for mask in masks):
+        return None
+    shape = operation.inputs[0].shape
+    first = []
+    for axis in range(rank):
+        if axis >= len(begin) or operation.get_attr("begin_mask") >> axis & 1:
+            first.append(0)
+        else:
+            b = int(begin[axis])
+            first.append(b + int(shape[axis]) if b < 0 else b)
+    return first
+
+
+# --- what mixes weights with examples --------------------------------------------------------
+
+
+@use("AddV2", "Add", "Sub", "BiasAdd", "BroadcastTo", "Mul")
+def _elementwise(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    if operation.type == "BiasAdd" and operation.get_attr("data_format") != b"NHWC":
+        raise Unknown("BiasAdd")
+    if operation.type == "Sub" and i == 1:
+        g = -g
+    if operation.type == "Mul":
+        g = g * operation.inputs[1 - i]
+    return _unbroadcast(g, operation.inputs[i], operation.outputs[0], batch)
+
+
+@use(
+    "RealDiv", "Div", "DivNoNan", "Maximum", "Minimum", "Pow", "SquaredDifference", "SelectV2",
+    "Xdivy", "Xlogy", "Atan2", "FloorMod",
+)  # fmt: skip
+def _any_elementwise(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    """By the operation's own gradient with respect to the weight spread out over the output."""
+    y = operation.outputs[0]
+    wide = tf.broadcast_to(operation.inputs[i], tf.shape(y))
+    wide.set_shape(y.shape)
+    names = [argument.name for argument in operation.op_def.input_arg]
+    arguments = dict(zip(names, operation.inputs, strict=True))
+    arguments[names[i]] = wide
+    again = getattr(tf.raw_ops, operation.type)(**arguments)
+    (gradient,) = tf.gradients(again, [wide], grad_ys=[g])
+    if gradient is None:
+        raise Unknown(operation.type)
+    return _unbroadcast(gradient, operation.inputs[i], y, batch)
+
+
+def _unbroadcast(gradient: tf.Tensor, x: tf.Tensor, y: tf.Tensor, batch: Batch) -> Form:
+    """Sums a gradient of y's shape over the axes along which x was broadcast, for each example."""
+    layout = batch.layout(y)
+    if layout is None or y.shape.rank is None or x.shape.rank is None:
+        raise Unknown("broadcast")
+    aligned = [1] * (y.shape.rank - x.shape.rank) + list(x.shape)
+    if aligned[layout.axis] != 1:
+        raise Unknown("broadcast")
+    gradient = tf.cast(gradient, tf.float32)
+    gradient.set_shape(y.shape)
+    over = [a for a, n in enumerate(aligned) if n == 1 and a != layout.axis]
+    left = [a for a in range(y.shape.rank) if a not in over]
+    gradient = tf.reduce_sum(gradient, axis=over)
+    place = left.index(layout.axis)
+    if place:
+        gradient = tf.transpose(gradient, [place, *(a for a in range(len(left)) if a != place)])
+    if layout.positions != 1:
+        positions = -1 if layout.positions is None else layout.positions
+        rest = [n if n is not None else tf.shape(x)[-1] for n in gradient.shape[1:]]
+        gradient = tf.reduce_sum(tf.reshape(gradient, [batch.size, positions, *rest]), axis=1)
+    else:
+        gradient = tf.ensure_shape(gradient, [batch.size, *gradient.shape[1:]])
+    return _full(gradient, x)
+
+
+@use("Tile")
+def _repeated(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    x, y = operation.inputs[i], operation.outputs[0]
+    layout = batch.layout(y)
+    if layout is None or layout.positions != 1 or not x.shape.is_fully_defined():
+        raise Unknown("Tile")
+    if x.shape[layout.axis] != 1:
+        raise Unknown("Tile")
+    # Each axis as (repetitions, its own length).
+    apart: list[Any] = []
+    for axis, length in enumerate(x.shape):
+        apart += [batch.size, 1] if axis == layout.axis else [-1, length]
+    unknown = [axis for axis in range(y.shape.rank) if y.shape[axis] is None]
+    if len(unknown) > 1:
+        raise Unknown("Tile")
+    for axis, length in enumerate(x.shape):
+        if axis != layout.axis and y.shape[axis] is not None:
+            apart[2 * axis] = y.shape[axis] // length
+    g = tf.reshape(tf.cast(g, tf.float32), apart)
+    g = tf.reduce_sum(g, axis=[2 * a for a in range(y.shape.rank) if a != layout.axis])
+    g = tf.transpose(g, [layout.axis, *(a for a in range(g.shape.rank) if a != layout.axis)])
+    return _full(g, x)
+
+
+@use("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum")
+def _product(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    """Any product of a weight with something of the examples, by the labels of its axes."""
+    if len(operation.inputs) != 2:
+        raise Unknown(operation.type)
+    labels = _einsum(operation) if operation.type == "Einsum" else _matmul(operation)
+    w, x, y = operation.inputs[i], operation.inputs[1 - i], operation.outputs[0]
+    in_w, in_x, in_y = labels[i], labels[1 - i], labels[2]
+    if not w.shape.is_fully_defined() or any(len(set(part)) < len(part) for part in labels):
+        raise Unknown(operation.type)
+    # An axis of length one that was broadcast is none.
+    sizes = {label: n for label, n in zip(in_y + in_x, [*y.shape, *x.shape], strict=True) if n != 1}
+    in_w = "".join(
+        label for label, n in zip(in_w, w.shape, strict=True) if n != 1 or sizes.get(label, 1) == 1
+    )
+    of_x, of_y = batch.layout(x), batch.layout(y)
+    if of_x is None or of_y is None:
+        raise Unknown(operation.type)
+    example = in_y[of_y.axis]
+    if in_x[of_x.axis] != example or example in in_w or of_x.positions != of_y.positions:
+        raise Unknown(operation.type)
+    in_x, x = _examples_first(in_x, x, of_x, batch)
+    in_y, g = _examples_first(in_y, g, of_y, batch)
+    return contraction(in_w, in_x, in_y, x, g)
+
+
+def _examples_first(
+    labels: str, x: tf.Tensor, layout: Layout, batch: Batch
+) -> tuple[str, tf.Tensor]:
+    """Axes in the order (example, "!" for its entries along the same axis, others)."""
+    axis = layout.axis
+    x = tf.cast(x, tf.float32)
+    if axis:
+        x = tf.transpose(x, [axis, *(a for a in range(x.shape.rank) if a != axis)])
+    rest = labels[:axis] + labels[axis + 1 :]
+    positions = -1 if layout.positions is None else layout.positions
+    lengths = [n if n is not None else tf.shape(x)[1 + a] for a, n in enumerate(x.shape[1:])]
+    return labels[axis] + "!" + rest, tf.reshape(x, [batch.size, positions, *lengths])
+
+
+def contraction(in_w: str, in_x: str, in_y: str, x: tf.Tensor, g: tf.Tensor) -> Form:
+    """The gradient of w in y = einsum(w, x), each tensor with a label for each of its axes.
+
+    Args:
+      in_w, in_x, in_y: labels; the first of x and y is the example's.
+      x: float32, g: float32, the gradient with respect to y.
+
+    Raises:
+      Unknown: a label that w alone has, or x alone.
+    """
+    rows = "".join(label for label in in_w if label not in in_y)
+    columns = "".join(label for label in in_w if label not in in_x)
+    both = [label for label in in_w if label in in_x and label in in_y]
+    if set(rows) & set(columns) or any(a not in in_w and a not in in_y for a in in_x):
+        raise Unknown("einsum")
+    if any(a not in in_w and a not in in_x for a in in_y):
+        raise Unknown("einsum")
+    positions = [label for label in in_x[1:] if label in in_y and label not in in_w]
+    if not both and in_w in (rows + columns, columns + rows):
+        left = _grouped(in_x, x, positions, rows)
+        right = _grouped(in_y, g, positions, columns)
+        return Outer(left, right) if in_w == rows + columns else Outer(right, left)
+    equation = f"{in_x},{in_y}->{in_x[0]}{in_w}".replace("!", _unused(in_x + in_y + in_w))
+    value = tf.einsum(equation, x, g)
+    return Full(tf.reshape(value, [value.shape[0], math.prod(value.shape[1:])]))
+
+
+def _unused(labels: str) -> str:
+    return next(label for label in string.ascii_letters if label not in labels)
+
+
+def _grouped(labels: str, x: tf.Tensor, positions: Sequence[str], kept: str) -> tf.Tensor:
+    """Brings axes with these labels to [B, P, K]."""
+    order = [0, *(labels.index(label) for label in [*positions, *kept])]
+    if order != list(range(len(order))):
+        x = tf.transpose(x, order)
+    size = math.prod(x.shape[1 + len(positions) :])
+    known = x.shape[1 : 1 + len(positions)]
+    count = math.prod(known) if known.is_fully_defined() else -1
+    return tf.reshape(x, [x.shape[0], count, size])
+
+
+def _matmul(operation: tf.Operation) -> tuple[str, str, str]:
+    """Labels of (left, right, output) of a product of matrices, of several at a time too."""
+    names = ("transpose_a", "transpose_b") if operation.type == "MatMul" else ("adj_x", "adj_y")
+    turned = [operation.get_attr(name) for name in names]
+    ranks = [x.shape.rank for x in (*operation.inputs, operation.outputs[0])]
+    if any(rank is None for rank in ranks):
+        raise Unknown(operation.type)
+    outer = string.ascii_lowercase[: ranks[2] - 2]
+    left, right = ("KM" if turned[0] else "MK"), ("NK" if turned[1] else "KN")
+    first, second = outer[len(outer) - (ranks[0] - 2) :], outer[len(outer) - (ranks[1] - 2) :]
+    return first + left, second + right, outer + "MN"
+
+
+def _einsum(operation: tf.Operation) -> tuple[str, str, str]:
+    equation = operation.get_attr("equation").decode().replace(" ", "")
+    operands, output = equation.split("->")
+    terms = [*operands.split(","), output]
+    tensors = [*operation.inputs, operation.outputs[0]]
+    spare = [label for label in string.ascii_letters if label not in equation]
+    if any(x.shape.rank is None for x in tensors):
+        raise Unknown("Einsum")
+    extra = [x.shape.rank - len(t) + 3 for t, x in zip(terms, tensors, strict=True) if "..." in t]
+    most = max(extra, default=0)
+    labels = []
+    for term, x in zip(terms, tensors, strict=True):
+        count = x.shape.rank - len(term) + 3
+        labels.append(term.replace("...", "".join(spare[most - count : most])))
+    return labels[0], labels[1], labels[2]
+
+
+@use("GatherV2")
+def _lookup(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    w, ids, axis = operation.inputs
+    of_ids, of_y = batch.layout(ids), batch.layout(operation.outputs[0])
+    if i != 0 or tf.get_static_value(axis) != 0 or operation.get_attr("batch_dims"):
+        raise Unknown("GatherV2")
+    if of_ids is None or of_y is None or of_ids.axis != 0 or of_y.axis != 0:
+        raise Unknown("GatherV2")
+    known = ids.shape[1:].is_fully_defined() and of_ids.positions is not None
+    count = of_ids.positions * math.prod(ids.shape[1:]) if known else -1
+    width = math.prod(w.shape[1:])
+    if ids.dtype not in (tf.int32, tf.int64):
+        ids = tf.cast(ids, tf.int32)
+    rows = tf.reshape(tf.cast(g, tf.float32), [batch.size, count, width])
+    return Rows(tf.reshape(ids, [batch.size, count]), rows)
+
+
+@use("Conv2D")
+def _convolution(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    x, w = operation.inputs
+    of_x, of_y = batch.layout(x), batch.layout(operation.outputs[0])
+    padding = operation.get_attr("padding").decode().lower()
+    plain = operation.get_attr("data_format") == b"NHWC" and padding in ("same", "valid")
+    if i != 1 or not plain or of_x is None or of_y is None or of_x != of_y or of_x.axis:
+        raise Unknown("Conv2D")
+    if x.shape[-1] != w.shape[2]:
+        raise Unknown("Conv2D")
+    strides, dilations = operation.get_attr("strides"), operation.get_attr("dilations")
+    window = Window(tuple(w.shape[:2]), tuple(strides[1:3]), tuple(dilations[1:3]), padding)
+    x, g = tf.cast(x, tf.float32), tf.cast(g, tf.float32)
+    if of_x.positions == 1:
+        places = g.shape[1:-1]
+        count = math.prod(places) if places.is_fully_defined() else -1
+        return Windowed(x, tf.reshape(g, [batch.size, count, g.shape[-1]]), window)
+    with contextlib.suppress(NotImplementedError):
+        patches = tf.concat(_patches(x, window), axis=-1)
+        left = tf.reshape(patches, [batch.size, -1, patches.shape[-1]])
+        return Outer(left, tf.reshape(g, [batch.size, -1, g.shape[-1]]))
+    raise Unknown("Conv2D")
+
+
+def _patches(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
+    if x.shape[0] is None:
+        raise NotImplementedError("a number of images that is not known")
+    return forms.slices(x, window)
+
+
+@use("DepthwiseConv2dNative")
+def _depthwise(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    x, w = operation.inputs
+    layout = batch.layout(x)
+    padding = operation.get_attr("padding").decode().lower()
+    plain = operation.get_attr("data_format") == b"NHWC" and padding in ("same", "valid")
+    if i != 1 or not plain or layout != Layout(0, 1):
+        raise Unknown("DepthwiseConv2dNative")
+    strides, dilations = operation.get_attr("strides"), operation.get_attr("dilations")
+    window = Window(tuple(w.shape[:2]), tuple(strides[1:3]), tuple(dilations[1:3]), padding)
+    channels, multiplier = int(w.shape[2]), int(w.shape[3])
+    g = tf.reshape(tf.cast(g, tf.float32), [batch.size, -1, channels, multiplier])
+    parts = [
+        tf.einsum("bpc,bpcm->bcm", part, g) for part in forms.slices(tf.cast(x, tf.float32), window)
+    ]
+    return _full(tf.stack(parts, axis=1), w)
+
+
+class Shapes(Protocol):
+    """Shapes of tensors by name."""
+
+    def get(self, name: str) -> tf.TensorShape | None:
+        """The shape, or None if there is no tensor of this name."""
+
+
+class TwoTraces:
+    """Tells where tensors have the examples from a trace of the same model for another number.
+
+    A tensor of which an axis is a multiple of that number, a prime that nothing else in a model
+    is a multiple of, has the examples along that axis. The other trace's operations are found by
+    their names.
+
+    Args:
+      shapes: by name of a tensor of the other trace, its shape.
+      examples: how many examples the other trace was for.
+      dependent: names of the operations that depend on the examples, from `data_dependent`.
+    """
+
+    def __init__(self, shapes: Shapes, examples: int, dependent: set[str]):
+        self._shapes = shapes
+        self._examples = examples
+        self._dependent = dependent
+
+    def shared(self, x: tf.Tensor) -> bool:
+        if x.op.name in self._dependent:
+            return False
+        shape = self._shapes.get(x.name)
+        if shape is None or shape.rank is None:
+            return False
+        return not any(n and n % self._examples == 0 for n in shape)
+
+    def layout(self, x: tf.Tensor) -> Layout | None:
+        shape = self._shapes.get(x.name)
+        if shape is None or shape.rank is None:
+            return None
+        axes = [a for a, n in enumerate(shape) if n and n % self._examples == 0]
+        if len(axes) != 1:
+            return None
+        positions = shape[axes[0]] // self._examples
+        if positions > 1 and not (axes[0] == 0 and self._examples_in_order(x)):
+            return None
+        return Layout(axes[0], positions)
+
+    def _first(self, x: tf.Tensor) -> int | None:
+        shape = self._shapes.get(x.name)
+        return shape[0] if shape is not None and shape.rank else None
+
+    def _examples_in_order(self, x: tf.Tensor) -> bool:
+        """Whether the first axis has one example's entries after another's."""
+        for _ in range(200):
+            shape = self._shapes.get(x.name)
+            if shape is None or not shape.rank or not shape[0] or shape[0] % self._examples:
+                return False
+            if shape[0] == self._examples:
+                return True
+            before = [(y, self._first(y)) for y in x.op.inputs if y.op.name in self._dependent]
+            before = [(y, n) for y, n in before if n and n % self._examples == 0]
+            kind = x.op.type
+            same = [y for y, n in before if n == shape[0]]
+            if kind == "Reshape" and before:
+                x = before[0][0]
+            elif same and kind in _ROWWISE:
+                x = same[0]
+            else:
+                return False
+        return False
