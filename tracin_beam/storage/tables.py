@@ -31,19 +31,6 @@ INFLUENCE = pa.schema(
     ]
 )
 
-SELF_INFLUENCE = pa.schema(
-    [
-        ("id", pa.string()),
-        ("label", pa.float64()),
-        ("prediction", pa.float64()),
-        ("self_influence", pa.float64()),
-        ("self_influence_by_checkpoint", pa.list_(pa.float64())),
-        ("loss_by_checkpoint", pa.list_(pa.float64())),
-        ("shard", pa.string()),
-        ("position", pa.int64()),
-    ]
-)
-
 INDEX_ROWS = pa.schema(
     [("shard", pa.dictionary(pa.int32(), pa.string())), ("position", pa.int64())]
 )
