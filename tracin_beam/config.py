@@ -219,6 +219,12 @@ class Config:
         at_least=0,
         at_most=1 << 20,
     )
+    total: bool = _flag(
+        False,
+        "Also give every training example's influence on the whole test set, the sum and the mean "
+        "of its exact scores.",
+        bool,
+    )
     index: str = _flag(
         "auto",
         "How candidates are found: by the exact product with all embeddings, by a scann index, or "

@@ -102,6 +102,30 @@ def test_queries_by_target_and_training_side_by_loss():
     assert set(engine.trace_counts().values()) == {1}
 
 
+def test_few_queries_have_a_function_of_their_own():
+    engine, batch, values = make(batch_size=32)
+    expected = gradients(engine, values)
+    queries = engine.queries(values, batch.take(range(3)))
+    assert {x.shape[0] for x in queries.gradients} == {16}
+    assert_close(engine.scores(values, batch, queries), expected @ expected[:3].T)
+    assert ("few scores", "loss") in engine.trace_counts()
+
+
+@pytest.mark.parametrize("target", ["loss", "logit"])
+def test_sums_of_gradients_and_products_with_them(target):
+    engine, batch, values = make(batch_size=4)
+    losses = gradients(engine, values)
+    quantity = {"logit": lambda y, p: -p[0, int(y[0])]}.get(target)
+    total = (gradients(engine, values, quantity) if quantity else losses)[:7].sum(axis=0)
+    found = engine.summed(values, batch.take(range(7)), target)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-5)
+    expected = losses @ total
+    got = engine.products(values, batch, found)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert set(engine.trace_counts().values()) == {1}
+
+
 def test_test_examples_without_a_label():
     task = task_of(build, FEATURES, None, LOSS)
     engine, batch = engine_of(task, N)

@@ -170,6 +170,18 @@ def test_full_flattens_and_casts():
     assert forms.full(tf.ones([B])).value.shape == (B, 1)
 
 
+def test_sums_and_products_with_a_vector(make):
+    form = make()
+    expected = written_out(form)
+    weights = np.array([1.0, 0.0, 2.0], np.float32)
+    shape = (M, N) if expected.shape[1] == M * N else (expected.shape[1],)
+    found = forms.total(form, tf.constant(weights), shape)
+    np.testing.assert_allclose(found, weights @ expected, rtol=1e-4, atol=1e-4)
+    vector = np.random.default_rng(3).normal(size=expected.shape[1]).astype("float32")
+    found = forms.dot_vector(form, tf.constant(vector), shape)
+    np.testing.assert_allclose(found, expected @ vector, rtol=1e-4, atol=1e-4)
+
+
 def test_dot_of_different_forms_is_refused():
     with pytest.raises(TypeError, match="no inner product of Full and Rows"):
         forms.dot(Full(tf.ones([B, M * N])), rows(2))

@@ -48,6 +48,9 @@ _EXAMPLE = ("features", "label", "sample_weight")
 _OF_ONE_LENGTH = 8
 # Positions of unknown number are counted as so many.
 _POSITIONS = 128
+# So many queries, or fewer, have a function of their own: products with a whole batch of them would
+# be half of what it takes.
+_FEW = 16
 # By how much ‖∇ℓ‖² may differ between batch sizes, by the dtype that a layer computes in.
 _TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
 
@@ -379,7 +382,10 @@ class Engine:
             found = [(i, self.queries(values, part, target)) for i, part in groups]
             return Queries(batch.size, [], tuple(found))
         function = self._function("queries", target)
-        return Queries(batch.size, list(_run(function, values, self._padded(batch))))
+        gradients = list(_run(function, values, self._padded(batch)))
+        if batch.size <= _FEW < self._width:
+            gradients = [x[:_FEW] for x in gradients]
+        return Queries(batch.size, gradients)
 
     def scores(
         self, values: list[tf.Tensor], batch: Batch, queries: Queries, target: str = "loss"
@@ -401,11 +407,43 @@ class Engine:
         if queries.groups:
             columns = [(i, self.scores(values, batch, q, target).T) for i, q in queries.groups]
             return _in_places(columns, queries.size).T
-        function = self._function("scores", target)
+        few = queries.size <= _FEW < self._width
+        function = self._function("few scores" if few else "scores", target)
         parts = [
             _run(function, values, self._padded(part), queries.gradients).numpy()[
                 : part.size, : queries.size
             ]
+            for part in self._parts(batch)
+        ]
+        return np.concatenate(parts)
+
+    def summed(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> np.ndarray:
+        """Σ ∇t(w, z') over a batch of any size: float64 [N], the weights one after the other."""
+        if groups := self._groups(batch):
+            return np.sum([self.summed(values, part, target) for _, part in groups], axis=0)
+        function = self._function("summed", target)
+        total = np.zeros(sum(spec.size for spec in self.specs))
+        for part in self._parts(batch):
+            weights = tf.constant(np.arange(self._width) < part.size, tf.float32)
+            total += _run(function, values, self._padded(part), weights).numpy()
+        return total
+
+    def products(self, values: list[tf.Tensor], batch: Batch, vector: np.ndarray) -> np.ndarray:
+        """⟨∇ℓ(w, z), vector⟩ of every example of a batch of any size: float32 [n].
+
+        Args:
+          values: a checkpoint's.
+          batch: examples.
+          vector: float [N], such as `summed` gives at the same checkpoint.
+        """
+        if groups := self._groups(batch):
+            return _in_places(
+                [(i, self.products(values, p, vector)) for i, p in groups], batch.size
+            )
+        function = self._function("products", "loss")
+        given = tf.constant(vector, tf.float32)
+        parts = [
+            _run(function, values, self._padded(part), given).numpy()[: part.size]
             for part in self._parts(batch)
         ]
         return np.concatenate(parts)
@@ -572,10 +610,20 @@ class Engine:
             "embed": self._embed,
             "norms": self._norms,
             "queries": self._queries,
+            "few scores": self._scores,
             "scores": self._scores,
+            "summed": self._summed,
+            "products": self._products,
         }
-        if kind == "scores":
-            signature.append(self._query_specs())
+        if kind in ("scores", "few scores"):
+            count = _FEW if kind == "few scores" else self._width
+            specs = self._query_specs()
+            signature.append([tf.TensorSpec([count, *x.shape[1:]], x.dtype) for x in specs])
+        elif kind == "summed":
+            signature.append(tf.TensorSpec([self._width], tf.float32))
+        elif kind == "products":
+            size = sum(spec.size for spec in self.specs)
+            signature.append(tf.TensorSpec([size], tf.float32))
         function = tf.function(
             lambda *args: bodies[kind](target, *args), input_signature=signature, autograph=False
         )
@@ -705,6 +753,33 @@ class Engine:
             for i, form in self._dots().items()
             for x in tf.nest.flatten(ready.get(i, tf.nest.map_structure(absent, form)))
         ]
+
+    def _summed(
+        self,
+        target: str,
+        values: Sequence[tf.Tensor],
+        flat: Sequence[tf.Tensor],
+        weights: tf.Tensor,
+    ) -> tf.Tensor:
+        found = self._gradients(target, values, flat).gradients
+        parts = [
+            forms.total(found[i], weights, spec.shape) if i in found else tf.zeros([spec.size])
+            for i, spec in enumerate(self.specs)
+        ]
+        return tf.concat(parts, axis=0)
+
+    def _products(
+        self,
+        target: str,
+        values: Sequence[tf.Tensor],
+        flat: Sequence[tf.Tensor],
+        vector: tf.Tensor,
+    ) -> tf.Tensor:
+        found = self._gradients(target, values, flat).gradients
+        vectors = tf.split(vector, [spec.size for spec in self.specs])
+        return tf.add_n(
+            [forms.dot_vector(form, vectors[i], self.specs[i].shape) for i, form in found.items()]
+        )
 
     def _scores(
         self,

@@ -285,6 +285,50 @@ def dot(left: Form, right: Form) -> tf.Tensor:
     raise TypeError(f"no inner product of {type(left).__name__} and {type(right).__name__}")
 
 
+def total(form: Form, weights: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """Σ_b weights[b] G_b, flattened: float32 [N].
+
+    Args:
+      form: of B examples.
+      weights: float32 [B].
+      shape: of the weight whose gradients these are.
+    """
+    match form:
+        case Outer(left, right):
+            summed = tf.einsum("b,bpm,bpn->mn", weights, left, right)
+            return tf.reshape(summed, [-1])
+        case Rows(ids, rows):
+            width = rows.shape[-1]
+            weighted = tf.reshape(rows * weights[:, None, None], [-1, width])
+            flat = tf.reshape(ids, [-1])
+            return tf.reshape(tf.math.unsorted_segment_sum(weighted, flat, shape[0]), [-1])
+        case Sum(parts):
+            return tf.add_n([total(part, weights, shape) for part in parts])
+        case _:
+            return tf.linalg.matvec(materialise(form, shape), weights, transpose_a=True)
+
+
+def dot_vector(form: Form, vector: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """⟨G_b, vector⟩ for each example, nothing written out where that can be avoided: float32 [B].
+
+    Args:
+      form: of B examples.
+      vector: float32 [N].
+      shape: of the weight whose gradients these are.
+    """
+    match form:
+        case Outer() | Windowed():
+            matrix = tf.reshape(vector, [-1, form.right.shape[-1]])
+            return tf.reduce_sum(project_left(form, matrix) * form.right, axis=[1, 2])
+        case Rows(ids, rows):
+            matrix = tf.reshape(vector, [shape[0], -1])
+            return tf.reduce_sum(tf.gather(matrix, ids) * rows, axis=[1, 2])
+        case Sum(parts):
+            return tf.add_n([dot_vector(part, vector, shape) for part in parts])
+        case _:
+            return tf.linalg.matvec(materialise(form, shape), vector)
+
+
 def project_left(form: Outer | Windowed, matrix: tf.Tensor) -> tf.Tensor:
     """The left factors times a matrix [m, k]: float32 [B, P, k]. For a window, a convolution."""
     if isinstance(form, Outer):

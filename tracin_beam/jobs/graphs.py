@@ -53,6 +53,7 @@ def influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
     from tracin_beam.stages.influence import Influence
     from tracin_beam.stages.joining import Join
     from tracin_beam.stages.retrieval import Retrieval
+    from tracin_beam.stages.total import TotalInfluence
 
     config = run.config
     results = embed_stage(pipeline, run)
@@ -81,8 +82,12 @@ def influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
     retrieved = None
     if config.recall_queries:
         retrieved = joined | "Retrieval" >> Retrieval(join, config.top_k, config.rescore > 0)
+    paths = joined["paths"]
+    if config.total:
+        totals = {"train": train, "tests": tests} | "Total" >> TotalInfluence(join)
+        paths = (paths, totals) | "AllTables" >> beam.Flatten()
     news = {"index": dataclasses.asdict(choice)}
-    _finish(pipeline, run, results, joined["paths"], retrieved, "influence", news)
+    _finish(pipeline, run, results, paths, retrieved, "influence", news)
 
 
 def influence_fingerprint(run: Run) -> str:
@@ -97,6 +102,7 @@ def influence_fingerprint(run: Run) -> str:
             config.index_rows,
             config.recall_queries,
             config.index,
+            config.total,
             config.report_examples,
             config.max_rejected,
             run.source.get().task.label_names,
@@ -155,8 +161,7 @@ def finish(
     if stage == "influence":
         news["retrieval"] = retrieved[0] if retrieved else None
     write_run(run, earlier, news)
-    if paths:
-        folder = os.path.dirname(paths[0])
+    for folder in sorted({os.path.dirname(path) for path in paths}):
         stale = {i.path for i in files.list_folder(folder) if i.path.endswith(".parquet")} - set(
             paths
         )
@@ -172,7 +177,7 @@ def finish(
             {
                 "fingerprint": influence_fingerprint(run),
                 "retrieval": news["retrieval"],
-                "tables": sorted(os.path.basename(path) for path in paths),
+                "tables": sorted(path.removeprefix(run.output.root) for path in paths),
             },
         )
 
@@ -193,7 +198,7 @@ def is_done(run: Run) -> bool:
     if done.get("fingerprint") != influence_fingerprint(run) or "counts" not in earlier:
         return False
     write_run(run, earlier, {"retrieval": done["retrieval"]})
-    every = [run.output.influence(run.config.test_name, n) for n in done["tables"]]
+    every = [run.output.root + name for name in done["tables"]]
     return all(files.exists(path) for path in [*every, run.output.report(run.config.test_name)])
 
 

@@ -143,9 +143,12 @@ def _summary(stage: str, run: Run) -> str:
         rows = tables.read_folder(run.output.influence(name))
         names = run.source.get().task.label_names
         summary = text.influence_summary(rows, state, label_names=names)
+        total = ""
+        if run.config.total:
+            total = f"Totals are in {run.output.path('total_influence', name)}\n"
         return (
             f"{summary}\nTables are in {run.output.influence(name)}\n"
-            f"Report: {run.output.report(name)}"
+            f"{total}Report: {run.output.report(name)}"
         )
     lines = []
     for name, counts in state["counts"].items():

@@ -122,7 +122,7 @@ class ExactScores:
                 number = {p: len(data) + i for i, p in enumerate(mine)}
                 data += [
                     records.Record(number[record.position], record.data)
-                    for record in _records_at(path, set(mine))
+                    for record in records_at(path, set(mine))
                 ]
             batch, parsed, _ = embed.parse_records(self._loaded, data)
             engine, target = self._loaded.engine, self._join.target
@@ -148,7 +148,12 @@ def _keys(shard: np.ndarray, position: np.ndarray) -> np.ndarray:
     return shard.astype(np.int64) << 40 | position
 
 
-def _records_at(path: str, positions: set[int]) -> Iterator[records.Record]:
+def records_at(path: str, positions: set[int]) -> Iterator[records.Record]:
+    """A shard's records at these positions, of which there is at least one.
+
+    Raises:
+      InputError: some are not there any more.
+    """
     last, found = max(positions), 0
     for record in records.read_records(path):
         if record.position in positions and isinstance(record, records.Record):
@@ -176,7 +181,7 @@ def _chunks(join: Join, needed: np.ndarray) -> Iterator[tuple[np.ndarray, np.nda
     size = 0
     for shard, places in itertools.groupby(needed.tolist(), lambda place: place[0]):
         wanted = {position for _, position in places}
-        for record in _records_at(join.train[shard].path, wanted):
+        for record in records_at(join.train[shard].path, wanted):
             shards.append(shard)
             positions.append(record.position)
             data.append(record.data)

@@ -7,6 +7,7 @@
     index/part-00000/                           of a group, if there is an index: ScaNN searcher,
                                                 rows.parquet, partition.json
     influence/<test name>/                      influence-*.parquet
+    total_influence/<test name>/                total_influence-*.parquet, with --total
     reports/<test name>.html
     evaluation/<test name>/group-*.parquet      exact scores of the queries that recall is of
     self_influence/                             self_influence-*.parquet
@@ -36,6 +37,7 @@ _FOLDERS = (
     "embeddings",
     "index",
     "influence",
+    "total_influence",
     "evaluation",
     "self_influence",
     "reports",
@@ -264,16 +266,7 @@ def read_run(output: Output) -> dict[str, Any]:
 
 def clear(output: Output) -> None:
     """Removes all results."""
-    for folder in (
-        "embeddings",
-        "index",
-        "influence",
-        "evaluation",
-        "self_influence",
-        "rejected",
-        "reports",
-        "_state",
-    ):
+    for folder in _FOLDERS:
         # Hidden files too, which runs that were killed have left.
         files.remove([info.path for info in files.list_folder(output.path(folder), deep=True)])
 

@@ -31,6 +31,19 @@ INFLUENCE = pa.schema(
     ]
 )
 
+TOTAL_INFLUENCE = pa.schema(
+    [
+        ("train_id", pa.string()),
+        ("score_sum", pa.float64()),
+        ("score_mean", pa.float64()),
+        ("score_by_checkpoint", pa.list_(pa.float64())),
+        ("train_label", pa.float64()),
+        ("train_prediction", pa.float64()),
+        ("train_shard", pa.string()),
+        ("train_position", pa.int64()),
+    ]
+)
+
 INDEX_ROWS = pa.schema(
     [("shard", pa.dictionary(pa.int32(), pa.string())), ("position", pa.int64())]
 )
@@ -46,6 +59,13 @@ def read(path: str) -> pa.Table:
     """Reads a Parquet file."""
     with files.local_copy(path) as local:
         return pq.read_table(local, partitioning=None)
+
+
+def metadata(path: str) -> dict[str, str]:
+    """What a Parquet file says of itself besides its columns."""
+    with files.local_copy(path) as local:
+        found = pq.read_schema(local).metadata or {}
+    return {key.decode(): value.decode() for key, value in found.items()}
 
 
 def read_folder(folder: str) -> pa.Table:
