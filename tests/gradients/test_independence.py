@@ -147,6 +147,17 @@ def pairwise(label, score):
     return tf.reduce_mean(-signs * (score - tf.transpose(score)))
 
 
+def broadcast_mean(label, output):
+    return tf.reduce_mean(tf.square(label["a"] - output["a"]))
+
+
+def balanced(label, output):
+    share = tf.reduce_mean(tf.cast(label, tf.float32))
+    weight = tf.where(tf.cast(label, bool), 1.0, share + 0.1)
+    each = keras.losses.binary_crossentropy(label, output, from_logits=True)
+    return tf.reduce_mean(each * tf.reshape(weight, [-1]))
+
+
 class Broadcast(keras.losses.Loss):
     def call(self, label, output):
         return tf.square(tf.cast(label, tf.float32) - output)
@@ -164,6 +175,27 @@ class Broadcast(keras.losses.Loss):
 def test_losses_that_mix(loss, units, message):
     with pytest.raises(InputError, match=f"the loss mixes.*{message}"):
         check(lambda: keras.Sequential([keras.Input((6,)), L.Dense(units)]), loss=loss)
+
+
+def test_outputs_with_an_axis_more_than_their_labels():
+    def build():
+        inputs = keras.Input((6,))
+        return keras.Model(inputs, {"a": L.Dense(1)(inputs)})
+
+    # Far from the labels, where the gradients of all examples have one sign.
+    label = {"a": 10 + FEATURES[:, 0]}
+    with pytest.raises(InputError, match=r"the loss mixes.*\(8,\) and outputs of shape \(8, 1\)"):
+        check(build, label=label, loss=broadcast_mean)
+    check(build, label={"a": label["a"][:, None]}, loss=broadcast_mean)
+
+
+def test_class_weights_by_the_batch():
+    with pytest.raises(InputError, match=r"the loss mixes.*the label of another one"):
+        check(
+            lambda: keras.Sequential([keras.Input((6,)), L.Dense(1)]),
+            label=(np.arange(N) % 3 == 0).astype("float32")[:, None],
+            loss=balanced,
+        )
 
 
 def test_dice_over_the_whole_batch_and_by_example():

@@ -132,6 +132,8 @@ def test_kinds_that_are_declared():
     assert infer(SCE, CLASSES, LOGITS, "other").name == "other"
     with pytest.raises(InputError, match=r"one output of scores, \[B, K\]"):
         infer(SCE, CLASSES_BY_POSITION, BY_POSITION, "classification")
+    with pytest.raises(InputError, match="labels are strings"):
+        infer(SCE, np.array(["a"] * B), LOGITS, None)
     with pytest.raises(InputError, match="needs several outputs"):
         infer(BCE, CLASSES, LOGITS[:, :1], "multilabel")
 

@@ -204,3 +204,22 @@ def test_half_precision_outputs_are_computed_in_float32():
 def test_what_is_no_loss(loss):
     with pytest.raises(InputError, match="Task\\(loss="):
         losses.per_example_loss(loss)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_weights_of_zero_and_below(reduction, smoothing):
+    loss = keras.losses.CategoricalCrossentropy(
+        from_logits=True, label_smoothing=smoothing, reduction=reduction
+    )
+    compare(loss, ONE_HOT, LOGITS, np.array([0, -1, 2, 0, -0.5], np.float32))
+    by_position = np.float32(WEIGHTS_BY_POSITION * [0, -1, 1, 2])
+    one_hot = np.eye(K, dtype="float32")[CLASSES_BY_POSITION]
+    compare(loss, one_hot, BY_POSITION, by_position)
+
+
+def test_class_numbers_as_floats_and_ignored_ones():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    classes = np.where(np.arange(B) == 2, -1, CLASSES).astype("float32")
+    compare(loss, classes, LOGITS)
+    compare(loss, classes[:, None], LOGITS)

@@ -107,7 +107,8 @@ def check_loss(loss: Any, label: Any, output: Any) -> None:
 
     The loss of an example alone must be its loss in the batch, wherever the loss says what that is.
     Where it gives one number for the batch, its gradient for an example must point where that of
-    the example alone does, and must stay when the output for another example changes.
+    the example alone does, must stay when the output for another example changes, and stay but
+    for a factor that all share, as of a mean over what counts, when the label of another changes.
 
     Args:
       loss: as in `Task.loss`.
@@ -147,10 +148,20 @@ def check_loss(loss: Any, label: Any, output: Any) -> None:
     try:
         _, together = _gradient(lambda p: whole(label, p), output)
         _, changed = _gradient(lambda p: whole(label, p), _first_changed(output))
+        relabelled = _first_relabelled(label)
+        _, others = _gradient(lambda p: whole(relabelled, p), output)
     except Exception:  # it takes one example at a time only, as it is called here
         return
     sizes = np.linalg.norm(together, axis=1)
     scale = np.max(sizes, where=np.isfinite(sizes), initial=0)
+    if not np.isfinite(together).all() or not np.isfinite(others).all():
+        others = together
+    factor = np.sum(others[1:] * together[1:]) / (np.sum(together[1:] ** 2) or 1.0)
+    if np.linalg.norm(others[1:] - factor * together[1:], axis=1).max() > 2e-5 * scale:
+        raise _mixing(
+            f"{name}: the gradient for an example changes with the label of another one."
+            + _broadcast(label, output)
+        )
     for i in range(size):
         one, many = gradient_alone[i], together[i]
         if i and np.linalg.norm(changed[i] - many) > 1e-3 * scale:  # False where not finite
@@ -173,12 +184,22 @@ def _mixing(what: str) -> InputError:
 
 
 def _broadcast(label: Any, output: Any) -> str:
-    if tf.is_tensor(label) and tf.is_tensor(output) and label.shape.rank != output.shape.rank:
-        return (
-            f" Labels of shape {tuple(label.shape)} and outputs of shape {tuple(output.shape)} are "
-            "broadcast against each other: bring them to one shape."
-        )
+    pairs = zip(tf.nest.flatten(label), tf.nest.flatten(output), strict=False)
+    for y, p in pairs:
+        if y is not None and y.shape.rank != p.shape.rank:
+            return (
+                f" Labels of shape {tuple(y.shape)} and outputs of shape {tuple(p.shape)} may be "
+                "broadcast against each other: bring them to one shape."
+            )
     return ""
+
+
+def _first_relabelled(label: Any) -> Any:
+    """The labels with another one for the first example, if there are others."""
+    leaves = [np.asarray(x) for x in nests.present(label)]
+    size = len(leaves[0])
+    different = (i for i in range(size) if any(not np.array_equal(x[i], x[0]) for x in leaves))
+    return _take(label, [next(different, 0), *range(1, size)])
 
 
 def _first_changed(output: Any) -> Any:

@@ -42,6 +42,7 @@ _NUMBERS = {
     keras.losses.log_cosh,
     keras.losses.poisson,
 }
+_KNOWN = _SOFTMAX | _SIGMOID | _SIGNED | _NUMBERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,11 @@ def infer(loss: Any, label: Any, output: Any, declared: str | None = None) -> Ki
                 f"this one's output has the shape {shapes}."
             )
         return Kind("regression" if declared == "regression" else "other")
+    if tf.is_tensor(label) and label.dtype == tf.string and _function(loss)[0] in _KNOWN:
+        raise InputError(
+            f"the labels are strings, which {losses.describe(loss)} does not take: let parse turn "
+            "them into class numbers, and give their names as Task(label_names=[...])."
+        )
     single = output.shape.rank == 1 or output.shape[1] == 1
     if declared == "multilabel" and single:
         raise InputError("Task(kind='multilabel') needs several outputs; this model has one.")

@@ -86,7 +86,8 @@ def _resolve(loss: Any) -> Any:
     if not callable(resolved):
         raise InputError(
             f"Task(loss={loss!r}) is neither a Keras loss, nor the name of one, nor a function. "
-            "For a model with several outputs write a function of (labels, outputs)."
+            "For a model with several outputs write a function of (labels, outputs) that adds up "
+            "their losses, each with its weight."
         )
     return resolved
 
