@@ -223,7 +223,7 @@ def test_two_files_with_siblings_of_the_same_name(tmp_path):
     second, source = load_task(task_file(tmp_path / "b", loss="mae") + ":task")
     assert (first.loss, second.loss) == ("mse", "mae")
     assert second.model() == "late mae"
-    assert dict(source().files)["helper_module.py"] == "LOSS = 'mae'\n"
+    assert dict(source().files)["helper_module.py"] == b"LOSS = 'mae'\n"
 
 
 def test_sources_leave_out_libraries_and_other_folders(tmp_path):
@@ -299,3 +299,91 @@ def test_a_task_may_be_loaded_in_the_keras_thread_while_another_thread_waits(tmp
         thread.join(10)
     assert len(done) == 2
     assert done[0] is done[1]
+
+
+READS = """
+import os
+from tracin_beam import Task
+
+HERE = os.path.dirname(__file__)
+with open(os.path.join(HERE, "words.txt")) as file:
+    WORDS = file.read().split()
+
+def model():
+    with open(os.path.join(HERE, "data", "late.bin"), "rb") as file:
+        return WORDS, file.read()
+
+task = Task(model, "mse", len, files=["data/late.bin"])
+"""
+
+
+def reading_task(folder):
+    write(folder, {"my_task.py": READS, "words.txt": "a b", "data/note.txt": ""})
+    (folder / "data" / "late.bin").write_bytes(b"\xff\x00")
+    return f"{folder}/my_task.py:task"
+
+
+def test_files_that_a_task_reads_travel_with_it(tmp_path):
+    _, source = load_task(reading_task(tmp_path / "here"))
+    sent = source()
+    assert [path for path, _ in sent.files] == ["data/late.bin", "my_task.py", "words.txt"]
+    assert elsewhere(sent, tmp_path, "task.model()") == "(['a', 'b'], b'\\xff\\x00')"
+
+
+def test_the_content_of_named_files_counts(tmp_path):
+    _, source = load_task(reading_task(tmp_path))
+    before = source()
+    (tmp_path / "data" / "late.bin").write_bytes(b"\xff\x01")
+    assert [path for path, _ in before.read] == ["data/late.bin"]
+    assert source().read != before.read
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("none.txt", "there is no file .*none.txt"), ("../beside.txt", "does not lie below")],
+)
+def test_named_files_must_be_there(tmp_path, named, message):
+    write(tmp_path, {"beside.txt": "", "in/my_task.py": READS.replace("data/late.bin", named)})
+    write(tmp_path / "in", {"words.txt": ""})
+    _, source = load_task(f"{tmp_path}/in/my_task.py:task")
+    with pytest.raises(InputError, match=message):
+        source()
+
+
+def test_files_too_large_or_opened_from_the_current_folder_are_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    text = READS.replace('os.path.join(HERE, "words.txt")', '"words.txt"')
+    write(tmp_path, {"my_task.py": text, "words.txt": "a", "data/late.bin": "x" * 3_000_000})
+    _, source = load_task("my_task.py:task")
+    assert [path for path, _ in source().files] == ["my_task.py", "words.txt"]
+    assert "opens words.txt from the current folder" in caplog.text
+    assert "late.bin, which is too large to travel" in caplog.text
+
+
+def test_a_relative_import_says_how_to_name_the_task(tmp_path):
+    write(
+        tmp_path,
+        {"pack/__init__.py": "", "pack/other.py": "", "pack/job.py": "from . import other"},
+    )
+    with pytest.raises(InputError, match=r"Write the task as package\.module:name"):
+        load_task(f"{tmp_path}/pack/job.py:task")
+
+
+def test_another_keras_is_named(tmp_path, monkeypatch):
+    spec = task_file(tmp_path) + ":task"
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    write(tmp_path, {"keras.json": '{"backend": "tensorflow"}'})
+    load_task(spec)
+    write(tmp_path, {"keras.json": '{"backend": "torch"}'})
+    with pytest.raises(InputError, match=r'"backend" in .*keras.json chooses .torch'):
+        load_task(spec)
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    load_task(spec)
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    with pytest.raises(InputError, match="KERAS_BACKEND chooses 'jax'"):
+        load_task(spec)
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
+    with pytest.raises(InputError, match="TF_USE_LEGACY_KERAS chooses Keras 2"):
+        load_task(spec)

@@ -1,15 +1,20 @@
 """What the user brings: a model, a loss and a way to read examples."""
 
+import atexit
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import json
+import logging
 import os
+import shutil
 import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeVar
@@ -18,6 +23,10 @@ from tracin_beam.errors import InputError
 from tracin_beam.storage import files
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+# The graph of a job, in which a task's files travel several times, may be 10 MB for Dataflow.
+_MOST_BYTES = 2 << 20
 
 # What `Task.kind` may be.
 KINDS = ("classification", "multilabel", "regression", "other")
@@ -44,6 +53,10 @@ class Task:
         "classification", one class of K (scores [B, K], or [B, 1] or [B] for two classes; labels
         are class numbers or one-hot); "multilabel", any of K (labels [B, K]); "regression",
         numbers; "other". Labels and predictions of a multilabel task are null in the tables.
+      files: files that the task reads, such as a vocabulary, as paths from the folder of the file
+        that defines it; they must lie in that folder, or in that of its package. They travel to
+        workers with the task, and embeddings depend on their content. What Python opens there while
+        the task is imported travels without being named.
     """
 
     model: Callable[[], Any]
@@ -52,6 +65,7 @@ class Task:
     predict: Callable[[Any], Any] | None = None
     label_names: Sequence[str] | None = None
     kind: str | None = None
+    files: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -60,25 +74,29 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
-    """A task as it travels to workers: the Python source of the modules it needs.
+    """A task as it travels to workers: the modules and other files it needs.
 
     Attributes:
       name: as in `--task`, for messages.
       module: the module to import.
       attribute: the name of the task in it.
       root: folder the files were found in, used again where it still holds the same files.
-      files: (path relative to root, source) of every module of the user's that the task imported.
+      files: (path relative to root, content) of every module of the user's that the task imported,
+        and of files that it reads.
+      read: path relative to root and digest of each file of `Task.files`, whether it travels or is
+        too large for that.
     """
 
     name: str
     module: str
     attribute: str
     root: str
-    files: tuple[tuple[str, str], ...]
+    files: tuple[tuple[str, bytes], ...]
+    read: tuple[tuple[str, str], ...] = ()
 
     @property
     def digest(self) -> str:
-        """Identity of the sources."""
+        """Identity of what travels."""
         return hashlib.blake2b(repr(self.files).encode(), digest_size=8).hexdigest()
 
     def load(self) -> Task:
@@ -93,26 +111,36 @@ class TaskSource:
         return _loaded[key]
 
     def _intact(self) -> bool:
-        for path, source in self.files:
+        for path, content in self.files:
             try:
-                with open(os.path.join(self.root, path), encoding="utf-8") as file:
-                    if file.read() != source:
+                with open(os.path.join(self.root, path), "rb") as file:
+                    if file.read() != content:
                         return False
             except OSError:
                 return False
         return True
 
     def _unpack(self) -> str:
-        root = tempfile.mkdtemp(prefix="tracin_task_")
-        for path, source in self.files:
+        root = _temporary_folder()
+        for path, content in self.files:
             target = os.path.join(root, path)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            with open(target, "w", encoding="utf-8") as file:
-                file.write(source)
+            with open(target, "wb") as file:
+                file.write(content)
         return root
 
 
+def _temporary_folder() -> str:
+    """A folder that nobody else may read, and that goes with the process."""
+    folder = tempfile.mkdtemp(prefix="tracin_task_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 _loaded: dict[str, Task] = {}
+# Paths that a task opened while it was imported and its model built, by its module.
+_opened: dict[str, dict[str, None]] = {}
+_watching: list[dict[str, None]] = []
 _roots: set[str] = set()
 _keras_thread = ThreadPoolExecutor(1, thread_name_prefix="keras")
 _keras_thread_id: list[int] = []
@@ -144,6 +172,7 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
     Raises:
       InputError: nothing there, or not a task.
     """
+    check_keras()
     location, _, attribute = spec.rpartition(":")
     if not location or not attribute.isidentifier():
         raise InputError(f"--task={spec}: write file.py:name or package.module:name.")
@@ -164,17 +193,125 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
     task = _get(imported, attribute, spec)
 
     def source() -> TaskSource:
-        files = _sources(root, imported)
-        result = TaskSource(spec, module, attribute, root, files)
+        sources = _sources(root, imported)
+        read, travelling = _read_files(root, imported, task)
+        result = TaskSource(
+            spec, module, attribute, root, tuple(sorted({**sources, **travelling}.items())), read
+        )
         _loaded[f"{result.digest}:{module}:{attribute}"] = task
         return result
 
     return task, source
 
 
+def _read_files(
+    root: str, module: ModuleType, task: Task
+) -> tuple[tuple[tuple[str, str], ...], dict[str, bytes]]:
+    """Files that a task reads: (path, digest) of those it names, and content by path of those that
+    travel.
+
+    Raises:
+      InputError: one that `Task(files=…)` names is not there, or not below root.
+    """
+    folder = os.path.dirname(os.path.abspath(str(module.__file__)))
+    named = [os.path.normpath(os.path.join(folder, path)) for path in task.files]
+    for path in named:
+        if not os.path.isfile(path):
+            raise InputError(f"Task(files=…): there is no file {path}.")
+        if not path.startswith(root + os.sep):
+            raise InputError(
+                f"Task(files=…): {path} does not lie below {root}, the folder of the task or of "
+                "its package, so that it cannot travel to workers. Put it there."
+            )
+    opened = _opened.get(str(module.__file__), {})
+    seen = [os.path.abspath(path) for path in opened]
+    seen = [path for path in seen if path.startswith(root + os.sep) and os.path.isfile(path)]
+    relative = sorted(path for path in opened if not os.path.isabs(path) and os.path.isfile(path))
+    if relative:
+        _log.warning(
+            "the task opens %s from the current folder, which workers on other machines do not "
+            "have: open it from os.path.dirname(__file__)",
+            ", ".join(relative),
+        )
+    read, travelling, left = [], {}, _MOST_BYTES
+    for path in sorted({*named, *seen}):
+        name = os.path.relpath(path, root)
+        # What is not named is compared by the values that the task took from it.
+        if path in named:
+            read.append((name, files.checksum(path)))
+        size = os.path.getsize(path)
+        if size <= left:
+            left -= size
+            with open(path, "rb") as file:
+                travelling[name] = file.read()
+        else:
+            _log.warning(
+                "the task reads %s, which is too large to travel with the job (%d MiB in all): "
+                "workers on other machines need it in their image, or from a bucket",
+                path,
+                _MOST_BYTES >> 20,
+            )
+    return tuple(read), travelling
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event != "open" or not _watching:
+        return
+    path, _, flags = arguments
+    reads = isinstance(flags, int) and flags & os.O_ACCMODE == os.O_RDONLY
+    in_thread = threading.get_ident() in _keras_thread_id
+    if reads and in_thread and isinstance(path, str) and not path.endswith((".py", ".pyc")):
+        _watching[-1][path] = None
+
+
+@contextlib.contextmanager
+def watched(module_file: str) -> Iterator[None]:
+    """Notes which files are opened for reading in Python, in the thread that imports tasks."""
+    if not _watching_since:
+        sys.addaudithook(_watch)
+        _watching_since.append(True)
+    _watching.append(_opened.setdefault(module_file, {}))
+    try:
+        yield
+    finally:
+        _watching.pop()
+
+
+_watching_since: list[bool] = []
+
+
+def check_keras() -> None:
+    """Refuses a Keras that is not Keras 3 on TensorFlow, before anything imports it.
+
+    Raises:
+      InputError: it says which variable or file chose the other one.
+    """
+    chosen, where = os.environ.get("KERAS_BACKEND"), "the environment variable KERAS_BACKEND"
+    if not chosen:
+        home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+        where = os.path.join(home, "keras.json")
+        try:
+            with open(where, encoding="utf-8") as file:
+                settings = json.load(file)
+            chosen = settings.get("backend")
+        except (OSError, ValueError, AttributeError):  # then Keras does not heed it either
+            chosen = None
+        where = f'"backend" in {where}'
+    if chosen not in (None, "tensorflow"):
+        raise InputError(
+            f"{where} chooses {chosen!r} for Keras, and gradients are taken by TensorFlow: "
+            "set KERAS_BACKEND=tensorflow."
+        )
+    if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+        raise InputError(
+            "the environment variable TF_USE_LEGACY_KERAS chooses Keras 2, and tasks are models of "
+            "Keras 3: unset it."
+        )
+
+
 def _fetch(path: str, spec: str) -> str:
     """Copies a task file from another file system; what lies beside it is left there."""
-    local = os.path.join(tempfile.mkdtemp(prefix="tracin_task_"), path.rpartition("/")[2])
+    local = os.path.join(_temporary_folder(), path.rpartition("/")[2])
     try:
         files.download(path, local)
     except OSError as error:
@@ -199,7 +336,9 @@ def _import(root: str | None, module: str, spec: str) -> ModuleType:
         if root is None:
             if os.getcwd() not in sys.path:
                 sys.path.insert(0, os.getcwd())
-            return importlib.import_module(module)
+            found = importlib.util.find_spec(module)
+            with watched(str(found.origin) if found else module):
+                return importlib.import_module(module)
         _enter(root)
         path = os.path.join(root, *module.split("."))
         path = path + ".py" if os.path.isfile(path + ".py") else os.path.join(path, "__init__.py")
@@ -207,7 +346,8 @@ def _import(root: str | None, module: str, spec: str) -> ModuleType:
         if known is not None and getattr(known, "__file__", None) == path:
             return known
         if "." in module or os.path.basename(path) == "__init__.py":
-            return importlib.import_module(module)
+            with watched(path):
+                return importlib.import_module(module)
         # Two task files of the same name must not be taken for each other.
         unique = f"_tracin_task_{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}"
         found = importlib.util.spec_from_file_location(unique, path)
@@ -215,11 +355,14 @@ def _import(root: str | None, module: str, spec: str) -> ModuleType:
             raise ImportError(f"cannot import {path}")
         loaded = importlib.util.module_from_spec(found)
         sys.modules[unique] = loaded
-        found.loader.exec_module(loaded)
+        with watched(path):
+            found.loader.exec_module(loaded)
         return loaded
     except (Exception, SystemExit) as error:
+        relative = "attempted relative import" in str(error)
+        hint = ". Write the task as package.module:name, from the folder of the package" * relative
         raise InputError(
-            f"--task={spec}: importing it failed with {type(error).__name__}: {error}"
+            f"--task={spec}: importing it failed with {type(error).__name__}: {error}{hint}"
         ) from error
 
 
@@ -248,13 +391,13 @@ def _is_module(path: str) -> bool:
     return os.path.isfile(path + ".py") or os.path.isdir(path)
 
 
-def _sources(root: str, main: ModuleType) -> tuple[tuple[str, str], ...]:
+def _sources(root: str, main: ModuleType) -> dict[str, bytes]:
     """Sources of the modules under root that are loaded, libraries and this package left out."""
     libraries = {os.path.realpath(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
     libraries.add(os.path.realpath(sysconfig.get_path("stdlib")))
     ours = {__name__.split(".")[0], "pipelines"}
     top = main.__name__.split(".")[0]
-    files = {}
+    found = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
         if not isinstance(path, str) or not path.endswith(".py"):
@@ -268,6 +411,6 @@ def _sources(root: str, main: ModuleType) -> tuple[tuple[str, str], ...]:
             continue
         if name == "__main__" and module is not main:
             continue
-        with open(path, encoding="utf-8") as file:
-            files[os.path.relpath(path, root)] = file.read()
-    return tuple(sorted(files.items()))
+        with open(path, "rb") as file:
+            found[os.path.relpath(path, root)] = file.read()
+    return found

@@ -43,6 +43,7 @@ def of_task(task: Task, engine: Engine, config: Config, source: TaskSource) -> d
     return {
         "version": f"{_VERSION} {embeddings.LAYOUT}",
         **parts,
+        "files": runs.digest(source.read),
         "kind": runs.digest(engine.described_kind()),
         **code,
         **{name: str(value) for name, value in flags.items()},
@@ -52,7 +53,7 @@ def of_task(task: Task, engine: Engine, config: Config, source: TaskSource) -> d
 def changes(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What differs, in words; a file of code is named only if no part of the task is."""
     words = runs.changes(earlier, now)
-    if set(words) & {"version", "kind", *_PARTS}:
+    if set(words) & {"version", "kind", "files", *_PARTS}:
         words = [word for word in words if not word.startswith(_CODE)]
     return words
 

@@ -18,7 +18,7 @@ from tracin_beam._version import __version__
 from tracin_beam.config import Config
 from tracin_beam.errors import InputError, reason
 from tracin_beam.inputs.checkpoints import read_checkpoints
-from tracin_beam.inputs.task import Task, load_task
+from tracin_beam.inputs.task import Task, check_keras, load_task
 from tracin_beam.planning import dims
 from tracin_beam.scoring import methods
 from tracin_beam.storage import files, runs
@@ -129,6 +129,7 @@ def look(config: Config, *, with_test: bool) -> Found:
       InputError: anything that the run would trip over.
     """
     started = time.time()
+    check_keras()
     output = Output(files.full(config.output) if config.output else "")
     checkpoints = tuple(
         CheckpointFile(files.full(c.path), c.step, c.epoch, c.learning_rate, files.checksum(c.path))
