@@ -10,6 +10,7 @@ TensorFlow alone, is taken before each and at the end.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import tempfile
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import workloads
 
 import tracin_beam
+from tracin_beam.config import Config
 from tracin_beam.inputs.task import load_task
 from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.registry import JOBS
@@ -96,7 +98,7 @@ def measure(
                 JOBS["embed"],
             )
             start = time.perf_counter()
-            run = preflight.prepare(config, with_test=False)
+            run = prepared(config)
             checked = time.perf_counter()
             engine = run.source.get().engine
             times["bare pass"].append(bare_seconds(name, examples, engine.batch_size))
@@ -105,10 +107,15 @@ def measure(
             times["stage"].append(time.perf_counter() - resumed)
             times["job"].append(times["stage"][-1] + checked - start)
             start = time.perf_counter()
-            launch.execute("embed", preflight.prepare(config, with_test=False), beam_options)
+            launch.execute("embed", prepared(config), beam_options)
             times["rerun"].append(time.perf_counter() - start)
         times["bare pass"].append(bare_seconds(name, examples, engine.batch_size))
     return {what: float(np.median(seconds)) for what, seconds in times.items()}
+
+
+def prepared(config: Config) -> preflight.Run:
+    with preflight.prepared(config, "embed", with_test=False) as run:
+        return dataclasses.replace(run, lease=None)
 
 
 def bare_seconds(name: str, examples: int, batch_size: int) -> float:

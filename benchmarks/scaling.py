@@ -11,6 +11,7 @@ what they hold changes neither.
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -146,7 +147,8 @@ def graph_bytes(stage: str, run: preflight.Run) -> int:
 
 def prepared(flags: Sequence[str], stage: str) -> preflight.Run:
     config, _ = options.parse(flags, JOBS[stage])
-    return preflight.prepare(config, with_test=JOBS[stage].uses_test)
+    with preflight.prepared(config, stage, with_test=JOBS[stage].uses_test) as run:
+        return dataclasses.replace(run, lease=None)
 
 
 def shuffle(arguments: argparse.Namespace) -> None:
@@ -315,8 +317,8 @@ def child(job: str, cores: int, flags: Iterable[str]) -> dict[str, float]:
 def measure(job: str, cores: int, flags: Sequence[str]) -> dict[str, float]:
     """Seconds that a job takes after its checks, and this process's peak memory in bytes."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    config, beam_options = options.parse(flags, JOBS["embed"])
-    run = preflight.prepare(config, with_test=job in ("build", "search"))
+    _, beam_options = options.parse(flags, JOBS["embed"])
+    run = prepared(flags, "influence" if job in ("build", "search") else job)
     start = time.perf_counter()
     if job in ("build", "search"):
         one_partition(job, run)

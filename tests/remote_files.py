@@ -5,6 +5,8 @@ import os
 from apache_beam.io.filesystem import BeamIOError, FileMetadata
 from apache_beam.io.localfilesystem import LocalFileSystem
 
+from tracin_beam.storage import files
+
 PREFIX = "remote://"
 
 
@@ -46,7 +48,7 @@ class RemoteFileSystem(LocalFileSystem):
         return FileMetadata(path, super().metadata(_local(path)).size_in_bytes)
 
     def checksum(self, path):
-        return "etag-" + super().checksum(_local(path))
+        return "etag-" + files.checksum(_local(path))
 
     def delete(self, paths):
         for path in paths:

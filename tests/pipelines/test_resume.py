@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tiny as t
 from kill import KILLED
@@ -232,7 +233,7 @@ def test_a_removed_shard(made):
     assert changed(made) == (set(), set())
     made.write("train-4.tfrecord", rows("train4.", 8, 4))
     embedded, indexed = changed(made)
-    assert embedded == set()
+    assert embedded == units("train-4")  # what belonged to it had gone with it
     assert len(indexed) == 1
 
 
@@ -253,27 +254,115 @@ def test_a_deleted_embedding_file(made):
     assert changed(made) == (units("test-0", steps=[20]), set())
 
 
-def test_a_damaged_embedding_file_is_named(made, capfd):
-    path = made.out / "embeddings/train/10/train-3.tfrecord"
+# Damaged. What a mark does not vouch for is made again, and that is said.
+
+
+def flipped(path):
     content = bytearray(path.read_bytes())
-    content[100] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert made.run("self_influence") == 2
-    said = capfd.readouterr().err
-    assert str(path) in said
-    assert "Delete the file and run again" in said
-    path.unlink()
-    assert changed(made, ["self_influence"]) == (units("train-3", steps=[10]), set())
 
 
-def test_a_truncated_embedding_file_is_named(made, capfd):
-    path = made.out / "embeddings/train/10/train-3.tfrecord"
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[: size // 8 * 5])  # whole records
-    assert made.run("self_influence") == 2
+def zeroed(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def halved(path):
+    """To half of its records, where they are all as long."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def of_another_shape(path):
+    path.write_text(
+        json.dumps({key: [value] for key, value in json.loads(path.read_text()).items()})
+    )
+
+
+def a_list(path):
+    path.write_text("[1]")
+
+
+def cut_to_five_rows(path):
+    pq.write_table(pq.read_table(path, partitioning=None)[:5], path)
+
+
+def exchanged(path, other):
+    """Both stay as whole as they were."""
+    one, two = path.read_bytes(), other.read_bytes()
+    path.write_bytes(two)
+    other.write_bytes(one)
+
+
+TEN = "embeddings/train/10"
+EMBEDDING, MARK = f"{TEN}/train-3.tfrecord", f"{TEN}/train-3.tfrecord.json"
+SELF = "self_influence/self_influence-0000{}-of-00005.parquet"
+DONE, SELF_DONE = "_state/influence/test.json", "_state/self_influence.json"
+
+
+@pytest.mark.parametrize(
+    ("harm", "names"),
+    [
+        # Many at once, of files that do not hide one another's damage.
+        (flipped, [EMBEDDING, "influence/test/influence-00000-of-00002.parquet"]),
+        (zeroed, ["embeddings/test/20/test-0.tfrecord", "reports/test.html"]),
+        (halved, [EMBEDDING, SELF.format(1)]),
+        (emptied, ["reports/test.html", "embeddings/test/10/test-1.tfrecord"]),
+        (cut_to_five_rows, ["influence/test/influence-00001-of-00002.parquet"]),
+        (of_another_shape, [DONE, MARK, SELF_DONE]),
+        (a_list, [DONE, "embeddings/test/10/test-1.tfrecord.json", SELF_DONE]),
+        (
+            exchanged,
+            [f"{TEN}/train-1.tfrecord", f"{TEN}/train-2.tfrecord", *map(SELF.format, (1, 2))],
+        ),
+        (exchanged, [EMBEDDING, "embeddings/train/20/train-3.tfrecord"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", "names"),
+)
+def test_damage_is_noticed_and_made_good(made, capfd, harm, names):
+    expected = t.contents(made.out)
+    if harm is exchanged:
+        for one, other in zip(names[::2], names[1::2], strict=True):
+            harm(made.out / one, made.out / other)
+    else:
+        for name in names:
+            harm(made.out / name)
+    assert t.contents(made.out) != expected
+    run_all(made)
     said = capfd.readouterr().err
-    assert "train-3.tfrecord" in said
-    assert "Delete" in said
+    assert "is made again" in said
+    assert t.contents(made.out) == expected
+    made.check()
+
+
+def test_a_damaged_index_is_made_again(made, capfd):
+    # The searcher is read only where the tables are made again.
+    scann = sorted((made.out / "index/part-00000").glob("scann*/*"), key=lambda p: p.stat().st_size)
+    zeroed(scann[-1])
+    of_another_shape(made.out / "index/part-00001/partition.json")
+    a_list(made.out / "index/plan.json")
+    for path in (made.out / "evaluation/test").glob("train-[12]*.parquet"):
+        zeroed(path)
+    assert changed(made, top_k=99)[0] == set()
+    said = capfd.readouterr().err
+    assert "part-00000" in said
+    assert "plan.json is not as it was written" in said
+    assert "evaluation/test" in said
+
+
+def test_tables_of_a_run_with_other_flags_that_was_killed(made, pipeline_options):
+    argv = [*made.argv("influence", **FLAGS, top_k=1), *pipeline_options]
+    where = ("tracin_beam.jobs.graphs", "write_run", "1")  # all tables are there
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *where, "influence", *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    run_all(made)
+    made.check()
 
 
 def test_another_top_k(made):

@@ -38,6 +38,7 @@ def test_counters_of_a_job(tmp_path, launch):
     every = [row.serialized() for row in job.good("train", {("train-1.tfrecord", 7)})]
     assert counted["bytes"] == 2 * (sum(map(len, every)) + len(b"garbage"))
     assert {"read_msec", "compute_msec", "write_msec"} <= set(counted)
+    (job.out / "self_influence/self_influence-00000-of-00002.parquet").unlink()
     assert job.run("self_influence") == 0
     again = job.run_json()["timings"]["self_influence"]["counters"]["embed"]
     assert again == {"units_found": 4, "records_read": 32, "records_rejected": 2}

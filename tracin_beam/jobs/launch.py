@@ -1,5 +1,6 @@
 """From the command line to the result: what every job but `plan` does."""
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from apache_beam.runners.runner import PipelineResult, PipelineState
 from tracin_beam.config import Config
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import dataflow, graphs, interrupts, local, options, worker_errors
-from tracin_beam.jobs.preflight import Run, prepare
+from tracin_beam.jobs.preflight import Run, prepared
 from tracin_beam.jobs.registry import Job
 from tracin_beam.stages import metrics, progress
 from tracin_beam.storage import runs, unfinished
@@ -82,18 +83,22 @@ def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[
         dataflow.set_defaults(beam_options)
     FileSystems.set_options(beam_options)
     _log.info("looking at the task, the checkpoints and the data")
-    run = prepare(config, with_test=job.uses_test)
-    only_written = dataflow.only_written(beam_options)
-    if job.name == "influence" and not only_written and graphs.is_done(run):
-        _log.info("nothing has changed since the tables were made")
-        return run, None
-    if local.is_chosen(beam_options):
-        progress.expect("embedding", sum(unit.shard.size for unit in run.units))
-    result = execute(job.name, run, beam_options)
-    said = only_written or _unfinished(result, beam_options)
-    if not said:
-        graphs.write_counters(run, job.name, metrics.of_job(result))
-    return run, said
+    with prepared(config, job.name, with_test=job.uses_test) as run:
+        only_written = dataflow.only_written(beam_options)
+        if only_written:
+            run = dataclasses.replace(run, lease=None)
+        elif graphs.is_done(job.name, run):
+            _log.info("nothing has changed since the results were made")
+            return run, None
+        elif run.lease and beam_options.view_as(StandardOptions).no_wait_until_finish:
+            run.lease.detached = True
+        if local.is_chosen(beam_options):
+            progress.expect("embedding", sum(unit.shard.size for unit in run.units))
+        result = execute(job.name, run, beam_options)
+        said = only_written or _unfinished(result, beam_options)
+        if not said:
+            graphs.write_counters(run, job.name, metrics.of_job(result))
+        return run, said
 
 
 def say(prog: str, error: Exception) -> None:

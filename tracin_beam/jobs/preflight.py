@@ -4,12 +4,13 @@ All that can be wrong with the input is looked for before a graph is made: the t
 the checkpoints loaded, and some records go through the whole computation once.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -21,7 +22,7 @@ from tracin_beam.inputs.checkpoints import read_checkpoints
 from tracin_beam.inputs.task import Task, check_keras, load_task
 from tracin_beam.planning import dims
 from tracin_beam.scoring import methods
-from tracin_beam.storage import files, runs
+from tracin_beam.storage import files, leases, runs
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, Unit
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 # Records that are tried together, and how many of each set at most, should they all be unusable.
 _PILOT = 64
 _MOST_TRIED = 1024
+# Times that a run looks at its input, should others in the same output begin and end meanwhile.
+_LOOKS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Run:
       fingerprint: of task and projection, by what a user calls its parts.
       started: seconds since the epoch.
       kind: of the task, as run.json tells it.
+      lease: of the results; None where nobody holds one, as of a job that begins by itself.
     """
 
     config: Config
@@ -59,6 +63,7 @@ class Run:
     fingerprint: dict[str, str]
     started: float
     kind: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lease: leases.Lease | None = None
 
     @property
     def shard_fingerprints(self) -> dict[str, str]:
@@ -79,22 +84,74 @@ class Found:
       earlier: run.json of earlier runs; empty if the output is new, or to be overwritten.
       stale: whether all that is in the output is to be overwritten.
       choice: of the dim, if it was chosen now.
+      names: what of run.json the run depends on.
     """
 
     run: Run
     earlier: dict[str, Any]
     stale: bool
     choice: Any
+    names: Any = None
 
 
-def prepare(config: Config, *, with_test: bool) -> Run:
-    """Checks a configuration against what it names, and begins run.json.
+@contextlib.contextmanager
+def prepared(config: Config, stage: str, *, with_test: bool) -> Iterator[Run]:
+    """Checks a configuration against what it names, and begins the job in its output.
+
+    Args:
+      config: the flags.
+      stage: name of the job.
+      with_test: whether it takes the test set that is given.
+
+    Yields:
+      The run. As long as it is used no other run is at work on the same results.
 
     Raises:
       InputError: anything that the run would trip over.
     """
-    found = look(config, with_test=with_test)
-    run, sets = found.run, found.earlier.get("sets", {})
+    for _ in range(_LOOKS):
+        found = look(config, with_test=with_test)
+        run, output = found.run, found.run.output
+        job, claims = _claims(stage, found)
+        with contextlib.ExitStack() as stack:
+            try:
+                lease = stack.enter_context(leases.held(output.leases, job, claims, _shared(run)))
+                if _names(runs.read_run(output)) != found.names:
+                    continue  # another run has begun or ended in the meantime
+                run = dataclasses.replace(run, lease=lease)
+                _begin(found, run)
+            except OSError as error:
+                raise InputError(
+                    f"--output={config.output} cannot be written to: {error}"
+                ) from error
+            yield run
+            return
+    raise InputError(f"--output={config.output}: too many runs begin and end there. Run again.")
+
+
+def _claims(stage: str, found: Found) -> tuple[str, tuple[str, ...]]:
+    """What the job is called, and what no other may work on meanwhile."""
+    test = [f"the test set {found.run.config.test_name!r}"] if found.run.test else []
+    job = " of ".join([stage, *test])
+    if found.stale:
+        return job, ("*",)
+    return job, tuple(test if stage == "influence" else [stage, *test])
+
+
+def _shared(run: Run) -> str:
+    """What runs that are at work at the same time must have in common."""
+    train = [run.shard_fingerprints[shard.path] for shard in run.train]
+    return runs.digest([train, run.fingerprint, run.config.index_rows])
+
+
+def _names(state: Mapping[str, Any]) -> Any:
+    """What of run.json a run depends on."""
+    return state.get("fingerprint"), state.get("sets")
+
+
+def _begin(found: Found, run: Run) -> None:
+    """Removes what nobody will use again, and writes run.json."""
+    config, sets = run.config, found.earlier.get("sets", {})
     if found.stale:
         runs.clear(run.output)
     described: dict[str, Any] = {TRAIN: {"shards": {s.path: s.name for s in run.train}}}
@@ -109,17 +166,16 @@ def prepare(config: Config, *, with_test: bool) -> Run:
         for path, shard in sets.get(name, {}).get("shards", {}).items()
         if path not in described[name]["shards"]
     ]
-    news: dict[str, Any] = {"sets": {**sets, **described}}
+    files.remove(gone)
+    there = files.under(run.output.root)
+    if run.lease and not leases.others(run.output.leases, run.lease):
+        runs.sweep(run.output, there, run.units)
+    news: dict[str, Any] = {"sets": described}
     if found.choice:
         for line in found.choice.lines():
             _log.info("%s", line)
         news["dim_auto"] = dataclasses.asdict(found.choice)
-    try:
-        files.remove(gone)
-        write_run(run, found.earlier, news)
-    except OSError as error:
-        raise InputError(f"--output={config.output} cannot be written to: {error}") from error
-    return run
+    write_run(run, news, anew=found.stale)
 
 
 def look(config: Config, *, with_test: bool) -> Found:
@@ -132,10 +188,13 @@ def look(config: Config, *, with_test: bool) -> Found:
     check_keras()
     output = Output(files.full(config.output) if config.output else "")
     checkpoints = tuple(
-        CheckpointFile(files.full(c.path), c.step, c.epoch, c.learning_rate, files.checksum(c.path))
+        CheckpointFile(
+            files.full(c.path), c.step, c.epoch, c.learning_rate, *runs.identify(files.full(c.path))
+        )
         for c in read_checkpoints(files.home(config.checkpoints), config.learning_rate)
     )
     earlier = runs.read_run(output) if config.output else {}
+    names = _names(earlier)
     sets = earlier.get("sets", {})
     train = _shards(config.train, TRAIN, "train", sets)
     test = _shards(config.test, config.test_name, "test", sets) if with_test and config.test else ()
@@ -197,7 +256,7 @@ def look(config: Config, *, with_test: bool) -> Found:
         started,
         source.get().engine.described_kind(),
     )
-    return Found(run, earlier, bool(stale), choice)
+    return Found(run, earlier, bool(stale), choice, names)
 
 
 def _changes(earlier: dict[str, Any], fingerprint: dict[str, str]) -> list[str]:
@@ -423,8 +482,21 @@ def _try(
     raise InputError(f"--{flag}: none of the first {tried} records can be used. {first}")
 
 
-def write_run(run: Run, earlier: dict[str, Any], news: dict[str, Any]) -> None:
-    """Writes run.json: what an earlier run left in it, what this one is, and its news."""
+# Of what run.json holds by name, and jobs add to.
+_MERGED = ("sets", "counts", "timings")
+
+
+def write_run(run: Run, news: dict[str, Any], *, anew: bool = False) -> dict[str, Any]:
+    """Writes run.json: what is in it, unless it is to begin anew, what this run is, and its news.
+
+    Returns:
+      What is in it then.
+    """
+    with leases.waited_for(run.output.path("_state", "writing"), "writing run.json", "run.json"):
+        return _merge_run(run, news, {} if anew else runs.read_run(run.output))
+
+
+def _merge_run(run: Run, news: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     described = {
         "method": methods.DEFAULT,
         "config": run.config.recorded(),
@@ -436,7 +508,10 @@ def write_run(run: Run, earlier: dict[str, Any], news: dict[str, Any]) -> None:
             for c in run.checkpoints
         ],
     }
-    files.write_json(run.output.run, {**earlier, **described, **news})
+    merged = {key: {**earlier.get(key, {}), **news[key]} for key in _MERGED if key in news}
+    state = {**earlier, **described, **news, **merged}
+    files.write_json(run.output.run, state)
+    return state
 
 
 def _versions() -> dict[str, str]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def write_influence_report(
     output: Output, test_name: str, loaded: "Loaded", state: Mapping[str, Any], max_tests: int
-) -> None:
-    """Writes reports/<test name>.html.
+) -> files.Stamp:
+    """Writes reports/<test name>.html, and returns what it then holds.
 
     Args:
       output: where the tables are.
@@ -34,6 +34,7 @@ def write_influence_report(
     )
     with files.atomic_write(output.report(test_name)) as handle:
         handle.write(page.encode())
+    return handle.stamp
 
 
 def _shown(loaded: "Loaded", places: set[tuple[str, int]]) -> dict[tuple[str, int], Shown]:

@@ -246,16 +246,18 @@ def embed_unit(
     """Writes a unit's embedding file, and then its mark; the tally takes what it cost.
 
     Raises:
-      InputError: too many of the first records cannot be used, which rejected/ then tells of.
+      InputError: too many of the first records cannot be used, which rejected/ then tells of; or
+        the shard or the checkpoint is not what the unit was to be made from.
     """
     loaded = source.get()
     path = output.unit(unit)
     read = used = done = size = 0
     rejected: list[tuple[int, str]] = []
+    crc = files.Crc()
 
     def counted() -> Iterator[records.Record | records.BadRecord]:
         nonlocal read, size
-        for record in records.read_records(unit.shard.path):
+        for record in records.read_records(unit.shard.path, crc):
             read += 1
             if isinstance(record, records.Record):
                 size += len(record.data)
@@ -283,10 +285,21 @@ def embed_unit(
                 partly = ShardResult(unit.set_name, unit.shard, done, tuple(rejected))
                 _write_rejected(partly, output)
                 raise too_many(unit.set_name, unit.shard.path, done, rejected)
+        _check_inputs(unit, crc)
     tally.add("bytes", size)
-    result = UnitResult(unit, read, tuple(rejected))
+    result = UnitResult(unit, read, tuple(rejected), handle.stamp)
     runs.write_unit(output, result)
     return result
+
+
+def _check_inputs(unit: Unit, crc: files.Crc) -> None:
+    """What was read must be what the unit's fingerprint names."""
+    shard = unit.shard
+    checksum = crc.hexdigest() if files.is_local(shard.path) else files.checksum(shard.path)
+    if f"{crc.size}:{checksum}" != shard.identity:
+        raise runs.changed_while_used(shard)
+    if not runs.is_unchanged(unit.checkpoint):
+        raise runs.changed_while_used(unit.checkpoint)
 
 
 def too_many(

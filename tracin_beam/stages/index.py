@@ -18,9 +18,10 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
+from tracin_beam.errors import InputError
 from tracin_beam.scoring import sketch
 from tracin_beam.stages.joining import Group, Join
-from tracin_beam.storage import embeddings, files, runs, tables
+from tracin_beam.storage import embeddings, files, marks, runs, tables
 from tracin_beam.storage.runs import Output, ShardResult
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,13 @@ def _rows(results: Sequence[ShardResult]) -> int:
 def known_groups(output: Output) -> dict[str, int]:
     """Number of the group by path of the shards that are in one."""
     path = output.path("index", _PLAN)
-    return files.read_json(path) if files.exists(path) else {}
+    known: Any = None
+    with contextlib.suppress(InputError):
+        known = files.read_json(path) if files.exists(path) else {}
+    if not files.fits(known, {str: int}) or min(known.values(), default=0) < 0:
+        _log.warning("%s is not as it was written: the index is made again", path)
+        return {}
+    return known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +150,9 @@ def build(join: Join, piece: Piece) -> Piece:
     """Writes a piece's searcher and the places of its rows, unless they are there."""
     output = join.output
     mark = piece.path(output, _MARK)
-    earlier = files.read_json(mark) if files.exists(mark) else {}
-    if earlier.get("fingerprint") == piece.fingerprint:
+    if marks.read(mark, output.root, piece.fingerprint):
         return piece
+    earlier = marks.named(mark, output.root)
     matrix = np.empty((0, 0), np.float32)
     shards, positions, filled = [], [], 0
     for number, position, rows in piece_rows(join, piece):
@@ -162,35 +169,38 @@ def build(join: Join, piece: Piece) -> Piece:
         # Named by its content: a retry, while the first attempt still writes, may train another.
         content = [files.checksum(os.path.join(folder, name)) for name in names]
         trained = f"{_SCANN}-{runs.digest(content)}"
+        made = {}
         for name in names:
-            files.upload(os.path.join(folder, name), piece.path(output, trained, name))
+            path = piece.path(output, trained, name)
+            made[path] = files.upload(os.path.join(folder, name), path)
     paths = pa.array([shard.path for shard in join.train])
     places = {
         "shard": pa.DictionaryArray.from_arrays(np.concatenate(shards), paths),
         "position": np.concatenate(positions),
     }
-    tables.write(piece.path(output, _ROWS), pa.table(places).cast(tables.INDEX_ROWS))
-    files.write_json(
+    path = piece.path(output, _ROWS)
+    made[path] = tables.write(path, pa.table(places).cast(tables.INDEX_ROWS))
+    marks.write(
         mark,
-        {
-            "number": piece.group.number,
-            "fingerprint": piece.fingerprint,
-            "rows": len(matrix),
-            "folder": trained,
-            "files": names,
-        },
+        output.root,
+        piece.fingerprint,
+        made,
+        number=piece.group.number,
+        rows=len(matrix),
+        folder=trained,
     )
-    if earlier.get("folder", trained) != trained:
-        _remove(piece.path(output, earlier["folder"]), earlier["files"])
+    _remove(earlier - set(made))
     _log.info("indexed part %d: %d rows", piece.group.number, len(matrix))
     return piece
 
 
-def _remove(folder: str, names: Sequence[str]) -> None:
-    files.remove([files.join(folder, name) for name in names])
-    if files.is_local(folder):
-        with contextlib.suppress(OSError):  # somebody else's file
-            os.rmdir(folder)
+def _remove(paths: Iterable[str]) -> None:
+    """Removes files, and their folders where these are empty then."""
+    for path in paths:
+        files.remove([path])
+        if files.is_local(path):
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(os.path.dirname(path))
 
 
 def searcher(matrix: np.ndarray) -> Any:
@@ -252,15 +262,18 @@ def loaded(output: Output, piece: Piece) -> Iterator[Searcher]:
 
     rows = tables.read(piece.path(output, _ROWS))
     shard = rows.column("shard").combine_chunks()
-    mark = files.read_json(piece.path(output, _MARK))
+    mark = marks.read(piece.path(output, _MARK), output.root, piece.fingerprint)
+    if mark is None:
+        raise InputError(f"{piece.path(output)} changed while it was used: run again.")
     trained = mark["folder"]
     with contextlib.ExitStack() as stack:
         if files.is_local(output.root):
             folder = piece.path(output, trained)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            for name in mark["files"]:
-                files.download(piece.path(output, trained, name), os.path.join(folder, name))
+            for path in mark["files"]:
+                if os.path.basename(path) != _ROWS:
+                    files.download(path, os.path.join(folder, os.path.basename(path)))
         yield Searcher(
             shard.dictionary.to_pylist(),
             shard.indices.to_numpy(),

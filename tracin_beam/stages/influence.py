@@ -26,8 +26,8 @@ from tracin_beam.stages.search import (
     TopOfBlock,
     by_group,
 )
-from tracin_beam.storage import embeddings, runs, sinks, tables
-from tracin_beam.storage.runs import ShardResult
+from tracin_beam.storage import embeddings, files, runs, sinks, tables
+from tracin_beam.storage.runs import Made, ShardResult
 
 # Rows of a file that are made at a time.
 _PIECE_ROWS = 50_000
@@ -165,7 +165,7 @@ def rows_of_file(
 
 
 class WriteTable(beam.DoFn):
-    """(number of a file, its rows) → the path of the file."""
+    """(number of a file, its rows) → (path, Stamp) of the file."""
 
     def __init__(self, join: Join, top_k: int, exact: bool) -> None:
         self._join = join
@@ -174,21 +174,22 @@ class WriteTable(beam.DoFn):
 
     def process(
         self, pair: tuple[int, Mapping[str, Iterable[pa.Table]]], census: Census
-    ) -> Iterator[str]:
+    ) -> Iterator[Made]:
         number, parts = pair
         every = census.files(self._top_k)
         rows = rows_of_file(self._join, census, every[number], list(parts["rows"]), self._exact)
         name = runs.numbered("influence", number, len(every))
         path = self._join.output.influence(self._join.test_name, name)
-        sinks.write_parquet(path, tables.INFLUENCE, rows)
-        yield path
+        # What vouches for the tables of an earlier run must not do so for these.
+        files.remove([self._join.output.done("influence", self._join.test_name)])
+        yield path, sinks.write_parquet(path, tables.INFLUENCE, rows)
 
 
 @dataclasses.dataclass
 class Influence(beam.PTransform):
     """ShardResults of "train" and "tests" → tables.
 
-    The outputs are "paths" of the tables, "best" as (block, both roles' `Scored`), "groups" and
+    The outputs are the "made" tables, "best" as (block, both roles' `Scored`), "groups" and
     "census".
 
     Attributes:
@@ -263,12 +264,12 @@ class Influence(beam.PTransform):
         )
         # A shard without any usable example has a table too, an empty one.
         every_file = counted | "Files" >> beam.FlatMap(_files, self.top_k)
-        paths = (
+        made = (
             {"rows": rows, "every": every_file}
             | "RowsOfFile" >> beam.CoGroupByKey()
             | "WriteTable" >> beam.ParDo(WriteTable(join, self.top_k, self.rescore > 0), census)
         )
-        return {"best": best, "paths": paths, "groups": groups, "census": counted}
+        return {"best": best, "made": made, "groups": groups, "census": counted}
 
     def _census(
         self, _: None, train: Sequence[ShardResult], tests: Sequence[ShardResult]

@@ -18,7 +18,7 @@ from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Census, Group, Join
 from tracin_beam.stages.rescore import ExactScores, places_of
 from tracin_beam.stages.search import BothScored
-from tracin_beam.storage import files, runs, tables
+from tracin_beam.storage import files, marks, runs, tables
 
 # Pairs of (estimate, exact) kept for each query, for the correlation; of each group a few at least.
 _PAIRS = 20_000
@@ -106,16 +106,16 @@ def kept_or_judged(
         for shard, position in zip(shards, positions, strict=True)
     ]
     mark = runs.digest([group.fingerprint, places, join.method])
-    if files.exists(path):
-        kept = tables.read(path)
-        metadata = kept.schema.metadata or {}
-        if metadata.get(b"mark") == mark.encode() and int(metadata[b"count"]) >= top_k:
-            return _judged(kept, join)
+    kept = marks.read(path + ".json", join.output.root, mark, {path})
+    if kept and kept["count"] >= top_k:
+        return _judged(tables.read(path), join)
     judged = judge(join, census, exact, group, count)
     paths = np.array([shard.path for shard in join.train])
     columns = {**judged._asdict(), "shard": pa.array(paths[judged.shard]).dictionary_encode()}
     table = pa.table(columns).cast(_KEPT)
-    tables.write(path, table.replace_schema_metadata({"mark": mark, "count": str(count)}))
+    files.remove([path + ".json"])
+    made = {path: tables.write(path, table)}
+    marks.write(path + ".json", join.output.root, mark, made, count=count)
     return judged
 
 

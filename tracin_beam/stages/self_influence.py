@@ -1,6 +1,8 @@
 """Training embeddings → self-influence tables, whose columns are the registered signals."""
 
 import dataclasses
+import inspect
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -8,11 +10,12 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
+from tracin_beam._version import __version__
 from tracin_beam.signals import registry
 from tracin_beam.signals.registry import Rows, Signal, Statistic
-from tracin_beam.storage import embeddings, runs, tables
+from tracin_beam.storage import embeddings, files, marks, runs, tables
 from tracin_beam.storage.embeddings import Embeddings
-from tracin_beam.storage.runs import CheckpointFile, Output, ShardResult
+from tracin_beam.storage.runs import CheckpointFile, Made, Output, ShardResult
 
 # What tells which example a row is of, before and after the signals.
 _BEFORE = (("id", pa.string()), ("label", pa.float64()), ("prediction", pa.float64()))
@@ -87,40 +90,85 @@ def merged(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
+def made_by() -> list[str]:
+    """The code that the columns come from."""
+    return [__version__, *(inspect.getsource(one.function) for one in registry.every())]
+
+
 class WriteSelfInfluence(beam.DoFn):
-    """ShardResult → the path of its Parquet file."""
+    """ShardResult → (path, Stamp) of its Parquet file.
+
+    A table that is there already is kept; where other shards came or went it gets another number.
+
+    Args:
+      output: the output directory.
+      checkpoints: in training order.
+      shards: fingerprint of every training shard's embeddings and their rates, by path, in order.
+    """
 
     def __init__(
-        self, output: Output, checkpoints: Sequence[CheckpointFile], shards: Sequence[str]
+        self, output: Output, checkpoints: Sequence[CheckpointFile], shards: Mapping[str, str]
     ) -> None:
         self._output = output
         self._checkpoints = list(checkpoints)
-        self._shards = list(shards)
+        self._fingerprints = dict(shards)
+        self._numbers = {path: number for number, path in enumerate(shards)}
 
     def process(
         self, result: ShardResult, statistics: Mapping[str, Any] = MappingProxyType({})
-    ) -> Iterator[str]:
-        paths = [
-            self._output.embeddings(runs.TRAIN, c.step, result.shard) for c in self._checkpoints
-        ]
+    ) -> Iterator[Made]:
+        output, path = self._output, result.shard.path
+        name = runs.numbered("self_influence", self._numbers[path], len(self._numbers))
+        wanted = output.self_influence(name)
+        mark = output.self_influence_mark(result.shard)
+        fingerprint = runs.digest(
+            [
+                self._fingerprints[path],
+                result.excluded,
+                made_by(),
+                pickle.dumps(dict(statistics)).hex(),
+            ]
+        )
+        kept = marks.read(mark, output.root, fingerprint)
+        if kept and list(kept["files"]) == [wanted]:
+            yield wanted, kept["files"][wanted]
+            return
+        files.remove([mark, output.done("self_influence")])
+        stamp = self._copied(kept["files"], wanted) if kept else None
+        if stamp is None:
+            stamp = tables.write(wanted, self._table(result, statistics))
+        marks.write(mark, output.root, fingerprint, {wanted: stamp})
+        yield wanted, stamp
+
+    def _copied(self, kept: Mapping[str, files.Stamp], wanted: str) -> files.Stamp | None:
+        """Gives a table another name, unless another shard's has just taken its own."""
+        ((path, known),) = kept.items()
+        try:
+            stamp = files.copy(path, wanted)
+        except OSError:
+            return None
+        return stamp if (stamp.size, stamp.checksum) == (known.size, known.checksum) else None
+
+    def _table(self, result: ShardResult, statistics: Mapping[str, Any]) -> pa.Table:
+        output = self._output
+        paths = [output.embeddings(runs.TRAIN, c.step, result.shard) for c in self._checkpoints]
         parts = [
             table_of(part, self._checkpoints, result.shard.path, statistics)
             for part in embeddings.read_checkpoints(paths, result.excluded)
         ]
-        number = self._shards.index(result.shard.path)
-        name = runs.numbered("self_influence", number, len(self._shards))
-        path = self._output.self_influence(name)
-        tables.write(path, pa.concat_tables(parts or [schema().empty_table()]))
-        yield path
+        return pa.concat_tables(parts or [schema().empty_table()])
 
 
 @dataclasses.dataclass
 class SelfInfluence(beam.PTransform):
-    """Training ShardResults → paths of the self-influence tables."""
+    """Training ShardResults → (path, Stamp) of the self-influence tables.
+
+    Attributes: as of `WriteSelfInfluence`.
+    """
 
     output: Output
     checkpoints: Sequence[CheckpointFile]
-    shards: Sequence[str]
+    shards: Mapping[str, str]
 
     def expand(self, results: beam.PCollection) -> beam.PCollection:
         spread = results | "SpreadResults" >> beam.Reshuffle()

@@ -18,14 +18,15 @@ import pyarrow as pa
 from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Join
 from tracin_beam.stages.rescore import records_at
-from tracin_beam.storage import embeddings, files, records, runs, sinks, tables
+from tracin_beam.storage import embeddings, files, marks, records, runs, sinks, tables
 from tracin_beam.storage.embeddings import Embeddings
-from tracin_beam.storage.runs import CheckpointFile, ShardResult
+from tracin_beam.storage.runs import CheckpointFile, Made, ShardResult
 
 _log = logging.getLogger(__name__)
 
 # Files of summed gradients for a checkpoint, at most.
 _PARTS = 16
+_MARK = ".json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,13 @@ class SumGradients(beam.DoFn):
         self._join = join
 
     def process(self, part: Part) -> Iterator[Part]:
-        if not files.exists(part.path):
+        root, name = self._join.output.root, os.path.basename(part.path)
+        if not marks.read(part.path + _MARK, root, name, {part.path}):
             total = summed(self._join, part)
+            files.remove([part.path + _MARK])
             with files.atomic_write(part.path) as handle:
                 np.save(handle, total)
+            marks.write(part.path + _MARK, root, name, {part.path: handle.stamp})
         yield part
 
 
@@ -152,42 +156,52 @@ def _table(part: Embeddings, terms: np.ndarray, examples: int, shard: str) -> pa
 
 
 class WriteTotals(beam.DoFn):
-    """Training ShardResult → the path of its table, unless that is there already."""
+    """Training ShardResult → (path, Stamp) of its table, made unless that is there already."""
 
     def __init__(self, join: Join) -> None:
         self._join = join
         self._sums: tuple[list[str], list[np.ndarray]] | None = None
 
-    def process(self, result: ShardResult, parts: Sequence[Part]) -> Iterator[str]:
+    def process(self, result: ShardResult, parts: Sequence[Part]) -> Iterator[Made]:
         join = self._join
         number = join.train_number[result.shard.path]
         name = runs.numbered("total_influence", number, len(join.train))
         path = join.output.path("total_influence", join.test_name, name)
         names = sorted(part.path for part in parts)
-        mark = runs.digest([join.units[result.shard.path], result.excluded, names, join.method])
-        if not (files.exists(path) and tables.metadata(path).get("mark") == mark):
+        output = join.output
+        content = [join.units[result.shard.path], result.excluded, names, join.method]
+        fingerprint = runs.digest(content)
+        mark = output.total_mark(join.test_name, result.shard)
+        kept = marks.read(mark, output.root, fingerprint, {path})
+        if kept:
+            yield path, kept["files"][path]
+        else:
             if self._sums is None or self._sums[0] != names:
                 self._sums = names, read_sums(parts, join.checkpoints)
             examples = sum(part.examples for part in parts if part.checkpoint == 0)
             rows = rows_of(join, result, self._sums[1], examples) if result.used else iter(())
-            schema = tables.TOTAL_INFLUENCE.with_metadata({"mark": mark})
-            count = sinks.write_parquet(path, schema, rows)
-            _log.info("scored %s for the whole test set: %d records", result.shard.name, count)
-        yield path
+            files.remove([mark, output.done("influence", join.test_name)])
+            stamp = sinks.write_parquet(path, tables.TOTAL_INFLUENCE, rows)
+            marks.write(mark, output.root, fingerprint, {path: stamp})
+            name = result.shard.name
+            _log.info("scored %s for the whole test set: %d records", name, result.used)
+            yield path, stamp
 
 
 def _remove_others(parts: Sequence[Part]) -> list[Part]:
     """Removes summed gradients that are not of this run."""
-    kept = {part.path for part in parts}
+    kept = {path for part in parts for path in (part.path, part.path + _MARK)}
     for folder in {os.path.dirname(path) for path in kept}:
-        found = {info.path for info in files.list_folder(folder) if info.path.endswith(".npy")}
+        found = {
+            info.path for info in files.list_folder(folder) if info.path.endswith((".npy", _MARK))
+        }
         files.remove(sorted(found - kept))
     return list(parts)
 
 
 @dataclasses.dataclass
 class TotalInfluence(beam.PTransform):
-    """ShardResults of "train" and "tests" → paths of the tables.
+    """ShardResults of "train" and "tests" → (path, Stamp) of the tables.
 
     Attributes:
       join: what is joined.

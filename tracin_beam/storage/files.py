@@ -1,16 +1,17 @@
 """Files on any file system that Beam knows: local, gs://, s3://, hdfs:// and others."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import google_crc32c
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
@@ -18,6 +19,10 @@ from tracin_beam.errors import InputError, os_problem
 from tracin_beam.storage import unfinished
 
 _CHUNK = 1 << 20
+_REQUESTS = 32  # made of a file system at a time
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,51 @@ class FileInfo:
 
     path: str
     size: int
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells a file's content from any other.
+
+    Attributes:
+        size: in bytes.
+        checksum: its CRC-32C, as `Crc` writes it.
+        version: what its file system says of the content, so that it need not be read to be
+            compared; "" where that says nothing.
+    """
+
+    size: int
+    checksum: str
+    version: str = ""
+
+
+class Crc:
+    """The CRC-32C and size of bytes that come in pieces."""
+
+    def __init__(self) -> None:
+        self._crc = 0
+        self.size = 0
+
+    def update(self, data: Any) -> None:
+        """Takes the next piece, of any type that `bytes` takes."""
+        piece = data if isinstance(data, bytes) else bytes(data)
+        self._crc = google_crc32c.extend(self._crc, piece)
+        self.size += len(piece)
+
+    def hexdigest(self) -> str:
+        """Eight hex digits."""
+        return f"{self._crc:08x}"
+
+
+def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`[function(item) for item in items]`, many at a time where they are many.
+
+    A request to a remote file system takes as long as thousands of instructions.
+    """
+    if len(items) < 4:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(min(_REQUESTS, len(items))) as pool:
+        return list(pool.map(function, items))
 
 
 def is_local(path: str) -> bool:
@@ -92,11 +142,11 @@ def list_folder(folder: str, *, deep: bool = False) -> list[FileInfo]:
         The files, sorted by path.
     """
     if is_local(folder):
-        found = [
-            FileInfo(entry.path, entry.stat().st_size)
-            for entry in _scan(folder, deep)
-            if entry.is_file()
-        ]
+        found = []
+        for entry in _scan(folder, deep):
+            with contextlib.suppress(FileNotFoundError):  # it has gone in the meantime
+                if entry.is_file():
+                    found.append(FileInfo(entry.path, entry.stat().st_size))
     else:
         # The characters of globs are refused in the names of remote folders of ours.
         with _os_errors(folder):
@@ -109,6 +159,11 @@ def list_folder(folder: str, *, deep: bool = False) -> list[FileInfo]:
         found = [FileInfo(m.path, m.size_in_bytes) for m in matched[0].metadata_list]
         found = [info for info in found if not info.path.endswith("/")]
     return sorted(found, key=lambda info: info.path)
+
+
+def under(folder: str) -> dict[str, int]:
+    """All files in a folder of ours and its folders, hidden ones too: size by path."""
+    return {info.path: info.size for info in list_folder(folder, deep=True)}
 
 
 def _scan(folder: str, deep: bool) -> Iterator[os.DirEntry[str]]:
@@ -131,17 +186,75 @@ def checksum(path: str) -> str:
     """Identifies a file's content.
 
     Returns:
-        The 128-bit BLAKE2b hex digest of a local file; elsewhere the checksum the file system
+        The CRC-32C of a local file, as `Crc` writes it; elsewhere the checksum the file system
         keeps.
     """
     if not is_local(path):
         with _os_errors(path):
             return FileSystems.checksum(path)
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as handle:
+    return _read_crc(path).hexdigest()
+
+
+def size(path: str) -> int:
+    """Of a file, in bytes.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if is_local(path):
+        return os.path.getsize(path)
+    with _os_errors(path):
+        return FileSystems.get_filesystem(path).metadata(path).size_in_bytes
+
+
+def signature(path: str) -> str:
+    """The same as long as a file is certainly as it was, without reading it.
+
+    Of a local file its number, size and the times of its last changes, one of which no program can
+    set; elsewhere the checksum the file system keeps.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if not is_local(path):
+        return checksum(path)
+    found = os.stat(path)
+    return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+
+
+def _read_crc(path: str) -> Crc:
+    crc = Crc()
+    with open_read(path) as handle:
         while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+            crc.update(chunk)
+    return crc
+
+
+def stamp(path: str) -> Stamp:
+    """Reads a file and says what it holds."""
+    crc = _read_crc(path)
+    return Stamp(crc.size, crc.hexdigest(), "" if is_local(path) else checksum(path))
+
+
+def difference(path: str, known: Stamp) -> str:
+    """How a file differs from what it was, in words; "" if it does not.
+
+    A remote file whose file system says that its content is the same is not read.
+
+    Raises:
+        OSError: the file system does not say.
+    """
+    if not exists(path):
+        return "it is missing"
+    if is_local(path):
+        if (size := os.path.getsize(path)) != known.size:
+            return f"it has {size:,} bytes and had {known.size:,}"
+    elif known.version and checksum(path) == known.version:
+        return ""
+    crc = _read_crc(path)
+    if crc.size != known.size:
+        return f"it has {crc.size:,} bytes and had {known.size:,}"
+    return "" if crc.hexdigest() == known.checksum else "its content is another"
 
 
 def open_read(path: str) -> BinaryIO:
@@ -169,12 +282,35 @@ def local_copy(path: str) -> Iterator[str]:
         yield local
 
 
+class Writing:
+    """A binary handle that counts and checks what goes through it.
+
+    Attributes:
+        stamp: of the whole file, once it is under its name.
+    """
+
+    stamp: Stamp
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self.crc = Crc()
+
+    def write(self, data: Any) -> int:
+        """Writes all of `data`."""
+        self.crc.update(data)
+        return self._handle.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[BinaryIO]:
+def atomic_write(path: str) -> Iterator[Any]:
     """Yields a binary handle whose bytes appear under `path` all at once, at a normal exit.
 
     Until then they lie in a hidden file beside it, which an exception removes. A file that was at
-    `path` is replaced; missing folders are made.
+    `path` is replaced; missing folders are made. After the exit the handle, a `Writing`, has the
+    `stamp` of what was written.
 
     Raises:
         InputError: the disk is full, the name too long, or the place forbidden.
@@ -185,14 +321,17 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     with _written(path, temporary), unfinished.file(temporary, lambda: remove([temporary])):
         with _os_errors(path):
             handle = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
+        writing = Writing(handle)
         try:
             try:
-                yield handle
+                yield writing
             finally:
                 with _os_errors(path):
                     handle.close()
             with _os_errors(path):
                 _replace(temporary, path)
+            version = "" if is_local(path) else checksum(path)
+            writing.stamp = Stamp(writing.crc.size, writing.crc.hexdigest(), version)
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to see
                 remove([temporary])
@@ -220,10 +359,16 @@ def _cut(name: str) -> str:
     return name.encode()[:150].decode(errors="ignore")
 
 
-def upload(local: str, path: str) -> None:
+def upload(local: str, path: str) -> Stamp:
     """Copies a local file to `path`, atomically."""
-    with open(local, "rb") as source, atomic_write(path) as target:
-        shutil.copyfileobj(source, target, _CHUNK)
+    return copy(local, path)
+
+
+def copy(source: str, path: str) -> Stamp:
+    """Copies a file of any file system to `path`, atomically."""
+    with open_read(source) as handle, atomic_write(path) as target:
+        shutil.copyfileobj(handle, target, _CHUNK)
+    return target.stamp
 
 
 def download(path: str, local: str) -> None:
@@ -239,11 +384,19 @@ def _replace(source: str, target: str) -> None:
     try:
         FileSystems.rename([source], [target])
     except BeamIOError:
-        # Some file systems (HDFS) do not rename over a file.
+        # Some file systems (HDFS) do not rename over a file: that is put aside until the other
+        # has its name, as what failed may have been something else, and may fail again.
         if not (exists(source) and exists(target)):
             raise
-        FileSystems.delete([target])
-        FileSystems.rename([source], [target])
+        aside = source.removesuffix(".tmp") + ".old.tmp"
+        FileSystems.rename([target], [aside])
+        try:
+            FileSystems.rename([source], [target])
+        except BeamIOError:
+            if not exists(target):
+                FileSystems.rename([aside], [target])
+            raise
+        FileSystems.delete([aside])
 
 
 def remove(paths: Iterable[str]) -> None:
@@ -274,7 +427,32 @@ def parse_json(content: bytes, where: str) -> Any:
         raise InputError(f"{where} is not valid JSON ({error}): mend or remove it") from error
 
 
-def write_json(path: str, obj: Any) -> None:
+def write_json(path: str, obj: Any) -> Stamp:
     """Writes a JSON file atomically."""
     with atomic_write(path) as handle:
         handle.write((json.dumps(obj, indent=1) + "\n").encode())
+    return handle.stamp
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value that came from JSON has a shape.
+
+    Args:
+        value: made of dicts, lists, strings, numbers, bools and None.
+        shape: a type, or several with `|`; a list of one shape, for a list of any length; a tuple
+            of shapes, for a list of so many; a dict of shapes by key, for a dict that has these
+            keys at least; or `{str: shape}`, for a dict of any keys.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in shape:
+            return all(fits(item, shape[str]) for item in value.values())
+        return all(key in value and fits(value[key], wanted) for key, wanted in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, tuple):
+        return isinstance(value, list) and len(value) == len(shape) and all(map(fits, value, shape))
+    if isinstance(value, bool):
+        return shape is bool
+    return isinstance(value, shape)

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 
 from tracin_beam.errors import InputError
-from tracin_beam.storage.files import open_read
+from tracin_beam.storage.files import Crc, open_read
 
 _HEADER = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
@@ -82,7 +82,7 @@ class RecordWriter:
         self._write(b"".join(pieces))
 
 
-def read_records(path: str) -> Iterator[Record | BadRecord]:
+def read_records(path: str, crc: Crc | None = None) -> Iterator[Record | BadRecord]:
     """Streams the records of a TFRecord file, plain or gzip (told by its content, not its name).
 
     Damage costs what it touches and no more: data with a wrong CRC is one `BadRecord`. Where a
@@ -92,15 +92,35 @@ def read_records(path: str) -> Iterator[Record | BadRecord]:
 
     Holds about one record, or 1 MiB, in memory.
 
+    Args:
+        path: of the file.
+        crc: takes all bytes of the file as they are read, and is that of the file at the end.
+
     Raises:
         InputError: the file has content but no record, so it is not a TFRecord file.
     """
-    with open_read(path) as handle:
+    with open_read(path) as opened:
+        handle = opened if crc is None else _Checked(opened, crc)
         head = read_exactly(handle, _HEADER.size)
         packed = is_gzip(head)
         whole = _Prefixed(head, handle)
         source = _Source(gzip.GzipFile(fileobj=whole) if packed else whole)  # type: ignore[call-overload]
         yield from _frames(source, path)
+        if crc is not None:
+            while handle.read(_CHUNK):  # what follows the end of a gzip stream
+                pass
+
+
+class _Checked:
+    """A handle whose bytes a `Crc` takes too."""
+
+    def __init__(self, handle: BinaryIO, crc: Crc):
+        self._handle, self._crc = handle, crc
+
+    def read(self, size: int) -> bytes:
+        data = self._handle.read(size)
+        self._crc.update(data)
+        return data
 
 
 def read_pieces(path: str) -> Iterator[Piece]:
@@ -156,7 +176,7 @@ def _damage(path: str) -> str:
 class _Prefixed:
     """A handle with the bytes that were already read from it put back in front."""
 
-    def __init__(self, head: bytes, handle: BinaryIO):
+    def __init__(self, head: bytes, handle: "BinaryIO | _Checked"):
         self._head, self._handle = head, handle
 
     def read(self, size: int) -> bytes:
@@ -309,7 +329,7 @@ def is_gzip(start: bytes) -> bool:
     return start.startswith(b"\x1f\x8b") and not _valid_header(start)
 
 
-def read_exactly(handle: BinaryIO, size: int) -> bytes:
+def read_exactly(handle: "BinaryIO | _Checked", size: int) -> bytes:
     """So many bytes, or what there is until the end."""
     data = b""
     while len(data) < size and (piece := handle.read(size - len(data))):

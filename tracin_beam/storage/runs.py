@@ -18,20 +18,20 @@ A set is "train" or the name of a test set. A table's folder holds the table alo
 tool reads it as it is.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tracin_beam import config
 from tracin_beam.errors import InputError
-from tracin_beam.storage import files, patterns
+from tracin_beam.storage import files, marks, patterns
 
 TRAIN = "train"
-_REQUESTS = 32  # made of a file system at a time
 _LONGEST_NAME = 150  # bytes of a shard's name, to which names of files of ours add some
 _FOLDERS = (
     "embeddings",
@@ -54,11 +54,13 @@ class Shard:
       path: as matched.
       name: its base name, with a hash of its path where another shard has the same.
       identity: changes whenever the file does.
+      signature: the same as long as the file is certainly as it was when it was identified.
     """
 
     path: str
     name: str
     identity: str
+    signature: str = ""
 
     @property
     def size(self) -> int:
@@ -75,6 +77,7 @@ class CheckpointFile:
     epoch: int | None
     learning_rate: float
     identity: str
+    signature: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +104,13 @@ class UnitResult:
     Attributes:
       read: records in the shard.
       rejected: (position, reason) of those that could not be used.
+      stamp: of the embedding file.
     """
 
     unit: Unit
     read: int
     rejected: tuple[tuple[int, str], ...]
+    stamp: files.Stamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +120,14 @@ class ShardResult:
     Attributes:
       rejected: (position, reason) of records that could not be used at some checkpoint, or whose
         id another record has; in the order of positions.
+      stamps: of the embedding files, in the order of steps.
     """
 
     set_name: str
     shard: Shard
     read: int
     rejected: tuple[tuple[int, str], ...]
+    stamps: tuple[files.Stamp, ...] = ()
 
     @property
     def used(self) -> int:
@@ -129,6 +136,20 @@ class ShardResult:
     @property
     def excluded(self) -> list[int]:
         return [position for position, _ in self.rejected]
+
+
+# What run.json holds, as far as anything follows from it.
+_RUN: dict[str, Any] = {
+    "sets": {str: {"shards": {str: str}}},
+    "fingerprint": {str: str},
+    "counts": {str: {str: int}},
+    "timings": {str: {"started": str, "seconds": int | float}},
+    "config": dict,
+    "quality": dict | None,
+}
+
+Made = tuple[str, files.Stamp]
+"""A finished file of a result: its path and what it holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +185,22 @@ class Output:
         """The mark of a job's results: of ("influence", test name), for example."""
         return self.path("_state", *job) + ".json"
 
+    @property
+    def leases(self) -> str:
+        """The folder of the leases of those who are at work."""
+        return self.path("_state", "running")
+
     def evaluation(self, test_name: str, group: int) -> str:
         return self.path("evaluation", test_name, f"group-{group:05d}.parquet")
 
     def self_influence(self, *parts: str) -> str:
         return self.path("self_influence", *parts)
+
+    def total_mark(self, test_name: str, shard: Shard) -> str:
+        return self.path("_state", "total_influence", test_name, shard.name + ".json")
+
+    def self_influence_mark(self, shard: Shard) -> str:
+        return self.path("_state", "self_influence", shard.name + ".json")
 
 
 def digest(value: Any) -> str:
@@ -192,6 +224,34 @@ def numbered(stem: str, number: int, total: int) -> str:
     return f"{stem}-{number:05d}-of-{total:05d}.parquet"
 
 
+def identify(path: str, size: int | None = None) -> tuple[str, str]:
+    """Identity and signature of an input file, of a size if that is known, as `Shard` has them.
+
+    Raises:
+      OSError: it is not there.
+    """
+    signature = files.signature(path)
+    return f"{files.size(path) if size is None else size}:{files.checksum(path)}", signature
+
+
+def is_unchanged(file: Shard | CheckpointFile) -> bool:
+    """Whether an input file is still what it was when it was identified."""
+    try:
+        if file.signature and files.signature(file.path) == file.signature:
+            return True
+        return identify(file.path)[0] == file.identity
+    except OSError:  # it is gone
+        return False
+
+
+def changed_while_used(file: Shard | CheckpointFile) -> InputError:
+    """The error of a run whose input became another."""
+    return InputError(
+        f"{file.path} changed while it was used: nothing was kept of what was made from it. "
+        "Run again."
+    )
+
+
 def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard]:
     """The shards that a pattern names, in the order of their paths.
 
@@ -209,10 +269,9 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
         raise InputError(f"--{flag}: {error}") from None
     # Names that differ by ".tfrecord" alone would have the same embedding file.
     taken = {_stem(known[info.path]) for info in matched if info.path in known}
-    with ThreadPoolExecutor(_REQUESTS) as pool:
-        checksums = list(pool.map(lambda info: files.checksum(info.path), matched))
+    identities = files.in_parallel(lambda info: identify(info.path, info.size), matched)
     shards = []
-    for info, checksum in zip(matched, checksums, strict=True):
+    for info, (identity, signature) in zip(matched, identities, strict=True):
         name = known.get(info.path)
         if name is None:
             name = os.path.basename(info.path)
@@ -221,7 +280,7 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
                 stem = stem.encode()[:_LONGEST_NAME].decode(errors="ignore")
                 name = f"{stem}-{digest(info.path)[:8]}{extension[-20:]}"
             taken.add(_stem(name))
-        shards.append(Shard(info.path, name, f"{info.size}:{checksum}"))
+        shards.append(Shard(info.path, name, identity, signature))
     return shards
 
 
@@ -232,49 +291,158 @@ def _stem(name: str) -> str:
 def read_unit(output: Output, unit: Unit) -> UnitResult | None:
     """The result of a unit that is done already, or None when it has to be computed."""
     path = output.unit(unit)
-    try:
-        if not files.exists(path + ".json"):
-            return None
-        stored = files.read_json(path + ".json")
-    except InputError:
+    stored = marks.read(path + ".json", output.root, unit.fingerprint, {path})
+    if stored is None:
         return None
-    if stored.get("fingerprint") != unit.fingerprint or not files.exists(path):
-        return None
-    rejected = tuple((int(position), str(reason)) for position, reason in stored["rejected"])
-    return UnitResult(unit, stored["read"], rejected)
+    rejected = tuple((position, reason) for position, reason in stored["rejected"])
+    return UnitResult(unit, stored["read"], rejected, stored["files"][path])
 
 
 def write_unit(output: Output, result: UnitResult) -> None:
     """Marks a unit's embedding file as complete."""
-    files.write_json(
-        output.unit(result.unit) + ".json",
-        {
-            "fingerprint": result.unit.fingerprint,
-            "shard": result.unit.shard.path,
-            "step": result.unit.checkpoint.step,
-            "read": result.read,
-            "embedded": result.read - len(result.rejected),
-            "rejected": [list(pair) for pair in result.rejected],
-        },
+    path = output.unit(result.unit)
+    marks.write(
+        path + ".json",
+        output.root,
+        result.unit.fingerprint,
+        {path: result.stamp},
+        shard=result.unit.shard.path,
+        step=result.unit.checkpoint.step,
+        checkpoint=result.unit.checkpoint.path,
+        read=result.read,
+        embedded=result.read - len(result.rejected),
+        rejected=[list(pair) for pair in result.rejected],
     )
 
 
 def read_run(output: Output) -> dict[str, Any]:
-    """run.json, or an empty dict for a new directory."""
-    return files.read_json(output.run) if files.exists(output.run) else {}
+    """run.json, or an empty dict for a new directory.
+
+    Raises:
+      InputError: it is not what this program writes, or names files that it does not.
+    """
+    if not files.exists(output.run):
+        return {}
+    state = files.read_json(output.run)
+    if not isinstance(state, dict):
+        raise _not_ours(output, f"it is a {type(state).__name__}")
+    for key, shape in _RUN.items():
+        if key in state and not files.fits(state[key], shape):
+            raise _not_ours(output, f"{key!r} has another form")
+    if not state.get("fingerprint", {}).get("dim", "1").isdecimal():
+        raise _not_ours(output, f"the dim is {state['fingerprint']['dim']!r}")
+    for name, described in state.get("sets", {}).items():
+        if not _is_plain(name):
+            raise _not_ours(output, f"a set is called {name!r}")
+        for path, shard in described["shards"].items():
+            # Names of files follow from them.
+            own = shard == os.path.basename(path) or digest(path)[:8] in shard
+            if not (own and _is_plain(shard)):
+                raise _not_ours(output, f"the shard {path!r} is called {shard!r}")
+    return state
+
+
+def _not_ours(output: Output, what: str) -> InputError:
+    return InputError(
+        f"{output.run} is not as this program writes it ({what}): mend it, or remove it, which "
+        "costs no embeddings."
+    )
+
+
+def _is_plain(name: str) -> bool:
+    return marks.is_inside(name) and "/" not in name
+
+
+def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
+    """Removes what dead runs left unfinished, and what belonged to inputs that are gone.
+
+    Of the sets of this run these are the embeddings whose shard or checkpoint is no file any
+    more. Those of inputs that this run only does not name are kept.
+
+    Args:
+      output: the output directory, in which no other run is at work.
+      there: its files, listed before that was certain.
+      units: of this run.
+    """
+    folders = [output.path(name) + "/" for name in _FOLDERS]
+    mine = [path for path in there if path.startswith(tuple(folders))]
+    unfinished = {p for p in mine if os.path.basename(p).startswith(".") and p.endswith(".tmp")}
+    wanted = {output.unit(unit) for unit in units}
+    roots = {output.path("embeddings", unit.set_name) + "/" for unit in units}
+    unnamed = {
+        path.removesuffix(".json")
+        for path in set(mine) - unfinished
+        if path.startswith(tuple(roots))
+    } - wanted
+    asked = sorted(unnamed)
+    gone = [
+        path
+        for path, is_gone in zip(asked, files.in_parallel(_is_gone, asked), strict=True)
+        if is_gone
+    ]
+    names = {os.path.basename(path).removesuffix(".tfrecord") for path in gone}
+    names -= {os.path.basename(path).removesuffix(".tfrecord") for path in wanted}
+    of_shards = output.path("_state", "self_influence") + "/"
+    of_gone = [
+        path
+        for path in mine
+        if path.startswith(of_shards) and os.path.basename(path).removesuffix(".json") in names
+    ]
+    orphans = _orphans(output, set(mine) - unfinished)
+    doomed = [*unfinished, *(p + end for p in gone for end in (".json", "")), *of_gone, *orphans]
+    files.in_parallel(lambda path: files.remove([path]), doomed)
+    if doomed and files.is_local(output.root):
+        for folder in sorted({os.path.dirname(path) for path in doomed}, reverse=True):
+            with contextlib.suppress(OSError):  # not empty
+                os.removedirs(folder)
+
+
+def _orphans(output: Output, there: Collection[str]) -> list[str]:
+    """Files of the index, and of what is judged by it, that no mark or plan names."""
+    try:
+        plan = files.read_json(output.path("index", "plan.json"))
+    except (OSError, InputError):
+        plan = None
+    groups = set(plan.values()) if files.fits(plan, {str: int}) else set()
+    orphans = []
+    named: dict[str, set[str]] = {}
+    for path in sorted(there):
+        index = re.fullmatch(r"(.*/index/part-(\d+)[.\d]*)/.*", path)
+        judged = re.fullmatch(r".*/evaluation/[^/]+/group-(\d+)\..*", path)
+        if index and path.startswith(output.path("index")):
+            mark = index[1] + "/partition.json"
+            if mark not in named:
+                named[mark] = marks.named(mark, output.root) | {mark}
+            if int(index[2]) not in groups or path not in named[mark]:
+                orphans.append(path)
+        elif judged and path.startswith(output.path("evaluation")) and int(judged[1]) not in groups:
+            orphans.append(path)
+    return orphans
+
+
+def _is_gone(path: str) -> bool:
+    """Whether an embedding file can be of no more use."""
+    try:
+        mark = files.read_json(path + ".json")
+    except (OSError, InputError):
+        return True
+    if not files.fits(mark, {"shard": str, "checkpoint": str}):
+        return True
+    return not (files.exists(mark["shard"]) and files.exists(mark["checkpoint"]))
 
 
 def clear(output: Output) -> None:
     """Removes all results."""
     for folder in _FOLDERS:
-        # Hidden files too, which runs that were killed have left.
-        files.remove([info.path for info in files.list_folder(output.path(folder), deep=True)])
+        there = files.under(output.path(folder))
+        files.remove(path for path in there if not path.startswith(output.leases))
 
 
 def merge_results(results: Sequence[UnitResult]) -> ShardResult:
     """A shard's result from those of its units, one for each checkpoint."""
     rejected: dict[int, str] = {}
-    for result in sorted(results, key=lambda r: r.unit.checkpoint.step):
+    results = sorted(results, key=lambda r: r.unit.checkpoint.step)
+    for result in results:
         for position, reason in result.rejected:
             rejected.setdefault(position, reason)
     first = results[0]
@@ -282,5 +450,9 @@ def merge_results(results: Sequence[UnitResult]) -> ShardResult:
     if len(reads) != 1:
         raise InputError(f"{first.unit.shard.path} changed while it was read: run again.")
     return ShardResult(
-        first.unit.set_name, first.unit.shard, first.read, tuple(sorted(rejected.items()))
+        first.unit.set_name,
+        first.unit.shard,
+        first.read,
+        tuple(sorted(rejected.items())),
+        tuple(result.stamp for result in results),
     )

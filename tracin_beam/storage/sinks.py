@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from tracin_beam.storage import files
 
 
-def write_parquet(path: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> int:
+def write_parquet(path: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> files.Stamp:
     """Writes a table whose pieces are made as they are asked for, atomically.
 
     Args:
@@ -20,14 +20,12 @@ def write_parquet(path: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> i
       pieces: with the schema's columns. Each is at least one row group.
 
     Returns:
-      The number of rows.
+      What the file holds.
     """
-    rows = 0
     with (
         files.atomic_write(path) as handle,
         pq.ParquetWriter(pa.PythonFile(handle, mode="w"), schema) as writer,
     ):
         for piece in pieces:
             writer.write_table(piece.select(schema.names).cast(schema))
-            rows += len(piece)
-    return rows
+    return handle.stamp

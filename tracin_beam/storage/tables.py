@@ -49,23 +49,17 @@ INDEX_ROWS = pa.schema(
 )
 
 
-def write(path: str, table: pa.Table) -> None:
+def write(path: str, table: pa.Table) -> files.Stamp:
     """Writes a Parquet file, atomically."""
     with files.atomic_write(path) as handle:
         pq.write_table(table, pa.PythonFile(handle, mode="w"))
+    return handle.stamp
 
 
 def read(path: str) -> pa.Table:
     """Reads a Parquet file."""
     with files.local_copy(path) as local:
         return pq.read_table(local, partitioning=None)
-
-
-def metadata(path: str) -> dict[str, str]:
-    """What a Parquet file says of itself besides its columns."""
-    with files.local_copy(path) as local:
-        found = pq.read_schema(local).metadata or {}
-    return {key.decode(): value.decode() for key, value in found.items()}
 
 
 def read_folder(folder: str) -> pa.Table:

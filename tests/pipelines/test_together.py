@@ -1,0 +1,153 @@
+"""Several runs on one output at once, and input that changes while a run is at work."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny as t
+from tiny import Tiny, rows
+
+ROOT = Path(__file__).parents[2]
+# Waits where a file says so, and says that it does.
+WAITING = t.TASK.replace(
+    "    columns = {",
+    """    import os, time
+    def wait(x):
+        while os.path.exists("@wait"):
+            open("@waiting", "w").close()
+            time.sleep(0.01)
+        return x
+    serialized = tf.ensure_shape(tf.py_function(wait, [serialized], tf.string), [None])
+    columns = {""",
+)
+
+
+@pytest.fixture
+def tiny(tmp_path, launch):
+    made = Tiny(tmp_path, launch).write_all()
+    (tmp_path / "task.py").write_text(WAITING.replace("@", f"{tmp_path}/"))
+    return made
+
+
+@pytest.fixture
+def start(pipeline_options):
+    """A function that starts a job in a process of its own, killed at the end at the latest."""
+    started = []
+
+    def run(tiny, stage, **flags):
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"pipelines.{stage}", *tiny.argv(stage, **flags),
+             *pipeline_options],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, process):
+    while not condition() and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr.read()
+
+
+def test_two_test_sets_at_once_and_one_twice(tiny, start):
+    flags = {"index_rows": 16}
+    first = start(tiny, "influence", **flags)
+    wait_for((tiny.out / "run.json").exists, first)
+    others = [
+        start(tiny, "influence", test_name="again", **flags),
+        start(tiny, "self_influence", **flags),
+        start(tiny, "influence", **flags),
+    ]
+    said = [process.communicate()[1] for process in [first, *others]]
+    assert [p.returncode for p in [first, *others[:2]]] == [0, 0, 0], said
+    # By then the first may have ended; it never works beside it.
+    if others[2].returncode:
+        assert others[2].returncode == 2
+        assert said[3].count("another run is at work in the output, influence of the test set") == 1
+        assert "Traceback" not in said[3]
+    for name in ("test", "again"):
+        t.check_influence(tiny, tiny.good("train"), tiny.good("test"), name)
+    t.check_self_influence(tiny, tiny.good("train"))
+    state = tiny.run_json()
+    assert set(state["sets"]) == set(state["counts"]) == {"train", "test", "again"}
+    assert set(state["timings"]) == {"influence", "self_influence"}
+    left = [p for p in tiny.out.rglob("*") if p.name.endswith(".tmp") or "running" in str(p)]
+    assert [p for p in left if p.is_file()] == []
+
+
+def test_settings_that_differ_do_not_go_together(tiny, start, capfd):
+    slow = tiny.folder / "wait"
+    process = start(tiny, "influence")
+    wait_for((tiny.out / "run.json").exists, process)
+    slow.touch()
+    try:
+        wait_for((tiny.folder / "waiting").exists, process)
+        # The task of this process must not wait.
+        (tiny.folder / "other.py").write_text(t.TASK)
+        task = f"{tiny.folder}/other.py:task"
+        assert tiny.run("self_influence", task=task, overwrite=True) == 2
+        said = capfd.readouterr().err
+        assert "another run is at work in the output, influence of the test set 'test'" in said
+        assert "wait for it" in said
+    finally:
+        slow.unlink()
+    assert process.wait() == 0
+    tiny.check(tables=["influence"])
+
+
+# Input that changes.
+
+
+@pytest.mark.parametrize(
+    "name", ["train-1.tfrecord", "test-0.tfrecord", "ckpts/00000020.weights.h5"]
+)
+def test_input_that_changes_after_it_was_embedded(tiny, monkeypatch, capfd, name):
+    from tracin_beam.storage import runs
+
+    kept = runs.write_unit
+    path = tiny.folder / name
+    content = path.read_bytes()
+
+    def and_then(output, result):
+        kept(output, result)
+        path.write_bytes(content[: len(content) // 2])
+
+    monkeypatch.setattr(runs, "write_unit", and_then)
+    assert tiny.run("influence") == 2
+    said = capfd.readouterr().err
+    assert f"{path} changed" in said
+    assert not list((tiny.out / "influence").rglob("*.parquet"))
+    monkeypatch.undo()
+    path.write_bytes(content)
+    assert tiny.run("influence") == 0
+    tiny.check(tables=["influence"])
+
+
+def test_a_shard_that_is_replaced_while_others_are_embedded(tiny, monkeypatch, capfd):
+    from tracin_beam.stages import embed
+
+    kept = embed.embed_unit
+
+    def after(output, source, unit, *others):
+        if unit.shard.name == "train-1.tfrecord" and not (tiny.folder / "done").exists():
+            (tiny.folder / "done").touch()
+            tiny.write("train-1.tfrecord", rows("others", 8, 77))
+        return kept(output, source, unit, *others)
+
+    monkeypatch.setattr(embed, "embed_unit", after)
+    assert tiny.run("self_influence") == 2
+    assert "train-1.tfrecord changed while it was used" in capfd.readouterr().err
+    assert tiny.run("self_influence") == 0
+    tiny.check(tables=["self_influence"])
