@@ -30,6 +30,7 @@ setup(
         "Pillow",
         "pyarrow",
         "PyYAML",
+        "tqdm",
     ],
     extras_require={
         "gcp": ["apache-beam[gcp]"],
@@ -40,6 +41,7 @@ setup(
             "apache-beam[gcp]",
             "dockerfile-parse",
             "gcp-storage-emulator",
+            "ipython",
             "kubernetes-validate~=1.33.1",  # with the schemas of Kubernetes 1.33
             "mypy",
             "pandas",
@@ -48,6 +50,7 @@ setup(
             "ruff",
             "scikit-learn",
             "types-PyYAML",
+            "types-tqdm",
         ],
     },
 )

@@ -7,6 +7,7 @@ from tracin_beam._version import __version__
 from tracin_beam.errors import InputError
 
 if TYPE_CHECKING:
+    from tracin_beam.api import embed, influence, open, plan, self_influence
     from tracin_beam.inputs.callback import TracInCheckpoint, save_checkpoint
     from tracin_beam.inputs.shards import Parser, write_shards
     from tracin_beam.inputs.task import Task
@@ -17,12 +18,22 @@ __all__ = [
     "Task",
     "TracInCheckpoint",
     "__version__",
+    "embed",
+    "influence",
+    "open",
+    "plan",
     "save_checkpoint",
+    "self_influence",
     "write_shards",
 ]
 
 # Imported when used: they bring TensorFlow or Beam.
 _LAZY = {
+    "embed": "api",
+    "influence": "api",
+    "open": "api",
+    "plan": "api",
+    "self_influence": "api",
     "Task": "inputs.task",
     "TracInCheckpoint": "inputs.callback",
     "save_checkpoint": "inputs.callback",

@@ -137,6 +137,9 @@ def _temporary_folder() -> str:
     return folder
 
 
+# The module that tasks without a file are said to be of.
+_GIVEN = "<this process>"
+_given: dict[str, Task] = {}
 _loaded: dict[str, Task] = {}
 # Paths that a task opened while it was imported and its model built, by its module.
 _opened: dict[str, dict[str, None]] = {}
@@ -173,6 +176,8 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
       InputError: nothing there, or not a task.
     """
     check_keras()
+    if spec in _given:
+        return _given[spec], lambda: _source_of_given(spec)
     location, _, attribute = spec.rpartition(":")
     if not location or not attribute.isidentifier():
         raise InputError(f"--task={spec}: write file.py:name or package.module:name.")
@@ -307,6 +312,43 @@ def check_keras() -> None:
             "the environment variable TF_USE_LEGACY_KERAS chooses Keras 2, and tasks are models of "
             "Keras 3: unset it."
         )
+
+
+def spec_of(task: Task) -> str:
+    """What `load_task` takes for a task that this process has made already.
+
+    Returns:
+      `file.py:name` or `package.module:name` of a task that a module has under a name; for another,
+      such as one of a notebook's cell, a name that holds in this process only: see `is_local`.
+    """
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        # A script would be run once more, if it were imported under another name.
+        if name == "__main__" or not isinstance(path, str) or not path.endswith(".py"):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is task and attribute.isidentifier():
+                in_package = "." in name or os.path.basename(path) == "__init__.py"
+                return f"{name if in_package else os.path.abspath(path)}:{attribute}"
+    for spec, other in _given.items():
+        if other is task:
+            return spec
+    spec = f"{_GIVEN}:task{len(_given) or ''}"
+    _given[spec] = task
+    return spec
+
+
+def is_local(spec: str) -> bool:
+    """Whether a task is in no file, so that no other process can have it."""
+    return spec.startswith(f"{_GIVEN}:")
+
+
+def _source_of_given(spec: str) -> TaskSource:
+    """The source of a task without a file, which only this process can load."""
+    attribute = spec.rpartition(":")[2]
+    source = TaskSource(spec, _GIVEN, attribute, os.getcwd(), ())
+    _loaded[f"{source.digest}:{_GIVEN}:{attribute}"] = _given[spec]
+    return source
 
 
 def _fetch(path: str, spec: str) -> str:

@@ -119,7 +119,12 @@ def execute(stage: str, run: Run, beam_options: PipelineOptions) -> PipelineResu
     try:
         pipeline = beam.Pipeline(options=beam_options)
         cancelled = interrupts.telling(lambda: local.cancel(pipeline))
-        with worker_errors.without_traces(), cancelled, pipeline:
+        with (
+            worker_errors.without_traces(),
+            local.without_interactive_beam(),
+            cancelled,
+            pipeline,
+        ):
             graphs.GRAPHS[stage](pipeline, run)
         return pipeline.result
     except Exception as error:

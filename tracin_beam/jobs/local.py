@@ -5,11 +5,14 @@ Beam's local runner, its job service and the workers that it starts in this proc
 changes them, so they are set in Beam's modules.
 """
 
+import contextlib
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
+import apache_beam.pipeline as pipeline_module
 import grpc
 from apache_beam.options.pipeline_options import (
     DebugOptions,
@@ -66,6 +69,23 @@ def secure() -> None:
     worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
     for module in _SERVERS:
         setattr(module, "grpc", _LOOPBACK)  # noqa: B010, as mypy knows these modules
+
+
+@contextlib.contextmanager
+def without_interactive_beam() -> Iterator[None]:
+    """Within it a notebook is nothing special to Beam, for this thread and all others.
+
+    In one Beam renames every step after the cell, so that a rerun has other names, leaves its
+    temporary folder, and imports its data frames, which do not go with every pandas.
+    """
+    module: Any = pipeline_module
+    earlier = module.alter_label_if_ipython, module.is_in_ipython
+    module.alter_label_if_ipython = lambda transform, pvalueish: None
+    module.is_in_ipython = lambda: False
+    try:
+        yield
+    finally:
+        module.alter_label_if_ipython, module.is_in_ipython = earlier
 
 
 class _LoopbackGrpc:

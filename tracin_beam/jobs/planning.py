@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _REQUESTS = 32  # made of a file system at a time
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Planned:
-    """All that is printed.
+    """A plan: all that is printed.
 
     Attributes:
       dim: length of an embedding that the plan is for.
@@ -35,6 +35,7 @@ class Planned:
       speed: as measured.
       plan: what follows.
       choice: of the dim; None with the projection "none".
+      config: the flags.
     """
 
     dim: int
@@ -43,6 +44,10 @@ class Planned:
     speed: "Speed"
     plan: "Plan"
     choice: "Choice | None"
+    config: Config
+
+    def __repr__(self) -> str:
+        return as_text(self)
 
 
 def main(job: Job, argv: Sequence[str] | None, prog: str) -> int:
@@ -67,7 +72,7 @@ def _print(job: Job, argv: Sequence[str], prog: str) -> int:
     launch.set_up_logging()
     FileSystems.set_options(beam_options)
     planned = make(config)
-    print(json.dumps(as_json(planned), indent=1) if config.json else as_text(planned, config))
+    print(json.dumps(as_json(planned), indent=1) if config.json else as_text(planned))
     return 0
 
 
@@ -122,6 +127,7 @@ def make(config: Config) -> Planned:
         measured,
         made,
         choice,
+        config,
     )
 
 
@@ -168,7 +174,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
     }
 
 
-def as_text(planned: Planned, config: Config) -> str:
+def as_text(planned: Planned) -> str:
     """The plan for a reader."""
     from tracin_beam.planning.plan import duration, size
 
@@ -203,7 +209,7 @@ def as_text(planned: Planned, config: Config) -> str:
         f"  together: {plan.worker_hours:,.2f} worker hours, without the workers' start",
         f"Memory of a worker: {size(plan.memory)}",
         "",
-        f"For --hours={config.hours:g}: {plan.workers} worker(s)",
+        f"For --hours={planned.config.hours:g}: {plan.workers} worker(s)",
     ]
     if plan.parts:
         lines.append(f"Suggested: --index_rows={plan.index_rows}")

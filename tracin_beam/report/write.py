@@ -1,16 +1,17 @@
 """Fetches the examples that a report shows, and writes it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracin_beam.gradients import nests
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Shown, show_features
-from tracin_beam.report.view import places_shown, reading
+from tracin_beam.report.view import Place, places_shown, reading
 from tracin_beam.storage import files, records, tables
 from tracin_beam.storage.runs import Output
 
 if TYPE_CHECKING:
+    from tracin_beam.gradients.engine import Batch
     from tracin_beam.stages.workers import Loaded
 
 
@@ -30,20 +31,26 @@ def write_influence_report(
     names = loaded.task.label_names
     places = places_shown(rows, reading(rows, state, names), max_tests=max_tests)
     page = influence_page(
-        rows, _shown(loaded, places), state, label_names=names, max_tests=max_tests
+        rows, shown_at(loaded.parse, places), state, label_names=names, max_tests=max_tests
     )
     with files.atomic_write(output.report(test_name)) as handle:
         handle.write(page.encode())
     return handle.stamp
 
 
-def _shown(loaded: "Loaded", places: set[tuple[str, int]]) -> dict[tuple[str, int], Shown]:
+def shown_at(parse: "Callable[[Sequence[bytes]], Batch]", places: set[Place]) -> dict[Place, Shown]:
+    """What to show of examples.
+
+    Args:
+      parse: makes a batch of serialised records.
+      places: (shard, position) of each example.
+    """
     shown = {}
     for path in sorted({path for path, _ in places}):
         wanted = {position for other, position in places if other == path}
         for record in records.read_records(path):
             if record.position in wanted and isinstance(record, records.Record):
-                features = loaded.parse([record.data]).features
+                features = parse([record.data]).features
                 features = nests.map_present(lambda x: x[0].numpy(), features)
                 shown[path, record.position] = show_features(features, record.data)
     return shown
