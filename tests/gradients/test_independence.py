@@ -7,6 +7,7 @@ import tensorflow as tf
 from oracle import engine_of, task_of, values_of
 
 from tracin_beam.errors import InputError
+from tracin_beam.gradients import independence
 
 L = keras.layers
 N = 12
@@ -270,3 +271,16 @@ def test_losses_of_outputs_that_keras_remembers_the_making_of(activation, loss, 
         label=label,
         loss=loss,
     )
+
+
+def test_what_parse_gives_for_a_record():
+    together = {"a": tf.constant([[1.0, 2.0], [3.0, 0.0]]), "b": tf.constant(["x", "y"])}
+    alone = [
+        {"a": tf.constant([[1.0, 2.0]]), "b": tf.constant(["x"])},
+        {"a": tf.constant([[3.0]]), "b": tf.constant(["y"])},  # without padding
+    ]
+    independence.check_parse((together, None, None), [(one, None, None) for one in alone])
+    for other in ({"a": tf.constant([[3.1]])}, {"b": tf.constant(["z"])}):
+        changed = [alone[0], alone[1] | other]
+        with pytest.raises(InputError, match="parse gives other values for a record"):
+            independence.check_parse((together, None, None), [(one, None, None) for one in changed])

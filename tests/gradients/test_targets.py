@@ -39,6 +39,8 @@ def test_flags_and_documents_name_every_target():
     for name in targets.names():
         assert f"`{name}`" in row
         assert name in parameter["helpText"]
+        about = targets.get(name).about
+        assert f"| `{name}` | {about[0].lower()}{about[1:].removesuffix('.')} |" in readme
 
 
 def test_their_names_are_known_without_tensorflow():

@@ -174,3 +174,16 @@ def test_padding_that_parse_makes_and_the_model_does_not_mask(tiny, said):
     )  # fmt: skip
     assert status == 2
     assert "parse pads the records of a batch to one length" in words
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        'example["x"] + tf.random.normal(tf.shape(example["x"]))',
+        'example["x"] - tf.reduce_mean(example["x"], axis=0)',
+    ],
+)
+def test_what_parse_gives_for_a_record_is_its_own(said, changed):
+    status, words = said(('"features": example["x"]', f'"features": {changed}'))
+    assert status == 2
+    assert "parse gives other values for a record among others than alone" in words

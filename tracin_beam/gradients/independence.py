@@ -102,6 +102,29 @@ def _rolled(structure: Any) -> Any:
     return tf.nest.map_structure(roll, structure)
 
 
+def check_parse(together: Any, alone: Sequence[Any]) -> None:
+    """Checks that what parse gives for a record is that record's alone, but for padding.
+
+    Args:
+      together: features, label and sample_weight of some records that were parsed together.
+      alone: the same, of each record parsed by itself.
+
+    Raises:
+      InputError: parse is random, or mixes the records of a batch.
+    """
+    every = [np.asarray(x) for x in nests.present(together)]
+    for row, one in enumerate(alone):
+        for whole, own in zip(every, nests.present(one), strict=True):
+            part = np.asarray(own)
+            among = whole[row : row + 1][tuple(slice(0, n) for n in part.shape)]
+            if not _close(among, part, 1e-4):
+                raise InputError(
+                    "parse gives other values for a record among others than alone: it is random, "
+                    "as augmentation is, or mixes the records of a batch. Each example must be "
+                    "one and the same whenever it is read."
+                )
+
+
 def check_loss(loss: Any, label: Any, output: Any) -> None:
     """Checks that the loss of a batch is made of losses of its examples.
 

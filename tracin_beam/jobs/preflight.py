@@ -347,11 +347,11 @@ def _try_out(
         tried = [_try(loaded, c, config.target, "test", test) for c in checkpoints]
         _check_gradients(tried, "test", config.target)
     try:
-        loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
+        _verify(loaded, checkpoints, batch)
     except InputError as error:
         _log.warning("%s. Each example will be computed by itself, which is slower.", error)
         source, loaded = _reloaded(source, loaded, rules=False)
-        loaded.engine.verify(loaded.engine.values(checkpoints[-1].path), batch)
+        _verify(loaded, checkpoints, batch)
     return source, fingerprints.of_task(task, loaded.engine, config, source.task), parser.gives_ids
 
 
@@ -412,8 +412,14 @@ def _depends_on_padding(
     loaded: Any, checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
 ) -> bool:
     """Whether examples have another loss or gradient where they are padded to one length."""
+    from tracin_beam.gradients import independence
+
     some = usable[:: max(1, len(usable) // 8)][:8]
     batch, alone = loaded.parse(some), [loaded.parse([data]) for data in some]
+    independence.check_parse(
+        (batch.features, batch.label, batch.sample_weight),
+        [(one.features, one.label, one.sample_weight) for one in alone],
+    )
     values = loaded.engine.values(checkpoints[-1].path)
     if not loaded.engine.depends_on_padding(values, batch, alone):
         return False
@@ -435,9 +441,19 @@ def _check_independence(
 ) -> Any:
     """Refuses models and losses for which an example has no gradient of its own; their batch."""
     batch = loaded.parse(usable)
-    for checkpoint in dict.fromkeys([checkpoints[0], checkpoints[-1]]):
+    for checkpoint in _ends(checkpoints):
         loaded.engine.check_independence(loaded.engine.values(checkpoint.path), batch)
     return batch
+
+
+def _verify(loaded: Any, checkpoints: Sequence[CheckpointFile], batch: Any) -> None:
+    for checkpoint in _ends(checkpoints):
+        loaded.engine.verify(loaded.engine.values(checkpoint.path), batch)
+
+
+def _ends(checkpoints: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+    """The first and the last, where a model may behave differently."""
+    return list(dict.fromkeys([checkpoints[0], checkpoints[-1]]))
 
 
 @dataclasses.dataclass(frozen=True)
