@@ -213,14 +213,31 @@ def make_traceable(model: keras.Model) -> None:
 
     A `tf.function` inside of it, such as a layer's call, keeps the values of the variables that it
     was traced with: what it does is done in place instead, so that its operations are seen, too. A
-    rematerialised layer gives no gradients but to its arguments: it is run as any other.
+    rematerialised layer gives no gradients but to its arguments: it is run as any other. A
+    Normalization keeps tensors made of its statistics: they are made anew.
     """
     for layer in model._flatten_layers():
         layer._remat_mode = None
+        if isinstance(layer, keras.layers.Normalization):
+            object.__setattr__(layer, "call", _with_own_statistics(layer, layer.call))
         for name in {*dir(type(layer)), *vars(layer)}:
             member = inspect.getattr_static(layer, name, None)
             if isinstance(member, tf.types.experimental.PolymorphicFunction):
                 object.__setattr__(layer, name, _in_place(getattr(layer, name)))
+
+
+def _with_own_statistics(
+    layer: keras.layers.Normalization, call: Callable[..., Any]
+) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        kept = layer.mean, layer.variance
+        layer.finalize_state()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            layer.mean, layer.variance = kept
+
+    return wrapped
 
 
 def _in_place(function: Any) -> Callable[..., Any]:

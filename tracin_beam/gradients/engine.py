@@ -34,6 +34,7 @@ from tracin_beam.gradients import (
 )
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
+from tracin_beam.inputs import state
 from tracin_beam.inputs.checkpoints import first_ten
 from tracin_beam.inputs.task import Task, in_keras_thread
 from tracin_beam.inputs.weights import WeightsLoader
@@ -488,6 +489,38 @@ class Engine:
                     f"{norm:.6g} by tf.GradientTape. Does the model mix the examples of a batch?"
                 )
 
+    def check_repeatable(self) -> None:
+        """Checks that what is no variable of the model is the same whenever it is built.
+
+        Raises:
+          InputError: the model uses variables that are not its own, or other tensors and tables,
+            and a second build has others.
+        """
+        in_keras_thread(self._check_repeatable)
+
+    def _check_repeatable(self) -> None:
+        again = self.task.model()
+        outside = [self._outside_variables(model) for model in (self.model, again)]
+        digests = [sorted(zlib.crc32(v.numpy().tobytes()) for v in found) for found in outside]
+        differing = state.differences(*(state.outside(m, False) for m in (self.model, again)))
+        if digests[0] != digests[1]:
+            differing += [f"{v.name} {tuple(v.shape)}" for v in outside[0]]
+        if differing:
+            raise InputError(
+                "the model uses what is not among its own variables, so no checkpoint holds it, "
+                f"and each process that builds it makes another: {first_ten(differing)}. Make it a "
+                "weight of a layer, with add_weight; make layers attributes of the model or of one "
+                "of its layers"
+            )
+
+    def _outside_variables(self, model: keras.Model) -> list[tf.Variable]:
+        """The variables that a model uses and does not list."""
+        features = self._structure[0]
+        model(features, training=False)  # builds it
+        traced = tf.function(lambda: model(features, training=False)).get_concrete_function()
+        own = {id(v.value) for v in model.variables}
+        return [v for v in traced.graph.variables if id(v) not in own]
+
     def check_independence(self, values: list[tf.Tensor], batch: Batch) -> None:
         """Checks that what the model and the loss give for an example is that example's alone.
 
@@ -628,31 +661,8 @@ class Engine:
             lambda *args: bodies[kind](target, *args), input_signature=signature, autograph=False
         )
         with self._explained():
-            traced = function.get_concrete_function()
-        if traced.graph.variables:  # the model's own are arguments
-            self._check_outside()
+            function.get_concrete_function()
         return function
-
-    def _check_outside(self) -> None:
-        """Refuses variables that no checkpoint holds, unless each build of the model gives them."""
-        outside, again = (self._outside(model) for model in (self.model, self.task.model()))
-        digests, others = (
-            sorted(zlib.crc32(v.numpy().tobytes()) for v in found) for found in (outside, again)
-        )
-        if digests != others:
-            raise InputError(
-                "the model uses variables that are not among its own, so no checkpoint holds "
-                "them, and each process makes others: "
-                + first_ten([f"{v.name} {tuple(v.shape)}" for v in outside])
-                + ". Make the layers that own them attributes of the model or of one of its layers"
-            )
-
-    def _outside(self, model: keras.Model) -> list[tf.Variable]:
-        """The variables that a model uses and does not list."""
-        features = self._structure[0]
-        traced = tf.function(lambda: model(features, training=False)).get_concrete_function()
-        own = {id(v.value) for v in model.variables}
-        return [v for v in traced.graph.variables if id(v) not in own]
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

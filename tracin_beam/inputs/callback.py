@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from tracin_beam.errors import InputError
-from tracin_beam.inputs import weights
+from tracin_beam.inputs import state, weights
 from tracin_beam.inputs.checkpoints import (
     LISTING,
     WEIGHTS,
@@ -102,6 +102,7 @@ def _write(
         "learning_rate": learning_rate,
         "iterations": iterations,
         "weights": weights.digest(model),
+        "state": state.adapted(model),
     }
     weights.save(model, path, notes)
     entry = {"path": name, "step": step, "epoch": epoch, "learning_rate": learning_rate}

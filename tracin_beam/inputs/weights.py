@@ -30,6 +30,7 @@ from keras.src.saving import saving_lib
 from keras.src.utils.naming import to_snake_case
 
 from tracin_beam.errors import InputError
+from tracin_beam.inputs import state
 from tracin_beam.inputs.checkpoints import (
     MODEL,
     NOTES,
@@ -37,6 +38,7 @@ from tracin_beam.inputs.checkpoints import (
     check_suffix,
     first_ten,
     naming_damage,
+    read_notes,
 )
 from tracin_beam.storage import files
 
@@ -427,6 +429,7 @@ class WeightsLoader:
         self._classes = {to_snake_case(type(x).__name__) for x in model._flatten_layers()}
         self._told: set[str] = set()
         self._proven = False
+        self._first: tuple[str, state.Outside] | None = None
 
     def _prove(self) -> None:
         first, second = self._after_loading(0), self._after_loading(1)
@@ -484,6 +487,7 @@ class WeightsLoader:
 
             self._load(arrays)
         self._check_numbers(path)
+        self._check_state(path)
 
     def _is_of_training(self, place: str, group: _Group) -> bool:
         """Whether a group in a file belongs to an optimizer or a metric."""
@@ -560,6 +564,32 @@ class WeightsLoader:
                     f"{path} are not finite (the first is {value[bad][0]}): the training had "
                     "diverged. Leave this checkpoint out"
                 )
+
+    def _check_state(self, path: str) -> None:
+        """Refuses what a checkpoint has beside variables if the model does not have the same."""
+        if path.endswith(MODEL):
+            with (
+                naming_damage(path),
+                files.local_copy(path) as local,
+                zipfile.ZipFile(local) as archive,
+            ):
+                wanted = state.adapted_in_archive(archive)
+        else:
+            wanted = read_notes(path).get("state") or []
+        if wanted and (missing := state.missing(wanted, self._model)):
+            raise InputError(
+                f"The model in {path} has another {first_ten(missing)} than the model that the "
+                "task builds. These are no variables, so they cannot be loaded: let the task build "
+                "the model with those of the training, which all checkpoints must share"
+            )
+        outside = state.outside(self._model)
+        first, before = self._first = self._first or (path, outside)
+        if changed := state.differences(before, outside):
+            raise InputError(
+                f"{path} sets {first_ten(changed)} to another value than {first} does. That is no "
+                "variable, so one checkpoint would be computed with another's: make it one, with "
+                "add_weight, or give checkpoints that share it"
+            )
 
 
 def _dataset(place: str, key: str) -> str:

@@ -346,6 +346,7 @@ def _try_out(
     if test:
         tried = [_try(loaded, c, config.target, "test", test) for c in checkpoints]
         _check_gradients(tried, "test", config.target)
+    loaded.engine.check_repeatable()
     try:
         _verify(loaded, checkpoints, batch)
     except InputError as error:
