@@ -103,18 +103,18 @@ def measure(
             engine = run.source.get().engine
             times["bare pass"].append(bare_seconds(name, examples, engine.batch_size))
             resumed = time.perf_counter()
-            launch.execute("embed", run, beam_options)
+            launch.execute(JOBS["embed"], run, beam_options)
             times["stage"].append(time.perf_counter() - resumed)
             times["job"].append(times["stage"][-1] + checked - start)
             start = time.perf_counter()
-            launch.execute("embed", prepared(config), beam_options)
+            launch.execute(JOBS["embed"], prepared(config), beam_options)
             times["rerun"].append(time.perf_counter() - start)
         times["bare pass"].append(bare_seconds(name, examples, engine.batch_size))
     return {what: float(np.median(seconds)) for what, seconds in times.items()}
 
 
 def prepared(config: Config) -> preflight.Run:
-    with preflight.prepared(config, "embed", with_test=False) as run:
+    with preflight.prepared(config, JOBS["embed"]) as run:
         return dataclasses.replace(run, lease=None)
 
 

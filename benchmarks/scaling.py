@@ -31,7 +31,7 @@ from apache_beam.metrics.metric import MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import PipelineVisitor
 
-from tracin_beam.jobs import graphs, launch, options, preflight
+from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.registry import JOBS
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -111,7 +111,7 @@ def crossing(stage: str, run: preflight.Run) -> dict[str, tuple[int, int]]:
       (elements, bytes) of each, by the name of the transform.
     """
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
-    graphs.GRAPHS[stage](pipeline, run)
+    JOBS[stage].parts.graph(pipeline, run)
     watched: dict[str, beam.PCollection] = {}
 
     class Visitor(PipelineVisitor):
@@ -141,13 +141,13 @@ def crossing(stage: str, run: preflight.Run) -> dict[str, tuple[int, int]]:
 def graph_bytes(stage: str, run: preflight.Run) -> int:
     """Size of a job's graph as it is submitted."""
     pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
-    graphs.GRAPHS[stage](pipeline, run)
+    JOBS[stage].parts.graph(pipeline, run)
     return len(pipeline.to_runner_api().SerializeToString())
 
 
 def prepared(flags: Sequence[str], stage: str) -> preflight.Run:
     config, _ = options.parse(flags, JOBS[stage])
-    with preflight.prepared(config, stage, with_test=JOBS[stage].uses_test) as run:
+    with preflight.prepared(config, JOBS[stage]) as run:
         return dataclasses.replace(run, lease=None)
 
 
@@ -323,7 +323,7 @@ def measure(job: str, cores: int, flags: Sequence[str]) -> dict[str, float]:
     if job in ("build", "search"):
         one_partition(job, run)
     else:
-        launch.execute(job, run, beam_options)
+        launch.execute(JOBS[job], run, beam_options)
     seconds = time.perf_counter() - start
     # Not getrusage's, which counts in what the parent held when it started this process.
     status = pathlib.Path("/proc/self/status").read_text()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     from tracin_beam.inputs.task import Task
-    from tracin_beam.jobs.planning import Planned
+    from tracin_beam.jobs.plan import Planned
 
 # How paths, numbers and the like may be given; lists of them are joined with commas.
 Value = str | os.PathLike[str] | int | float | bool | None
@@ -362,7 +362,7 @@ def plan(
     Args and errors are those of `influence`; `test` and `output` may be given or not.
 
     Returns:
-      The plan, which prints as text; `jobs.planning.as_json` makes a dict of it.
+      The plan, which prints as text; `jobs.plan.as_json` makes a dict of it.
 
     Example:
 
@@ -371,12 +371,12 @@ def plan(
       >>> tracin_beam.plan(**inputs).checkpoints
       2
     """
-    from tracin_beam.jobs import planning
+    from tracin_beam.jobs import plan as plan_job
 
     inputs = {"checkpoints": checkpoints, "train": train, **flags}
     config, _ = _parsed("plan", task, inputs, options)
     with _errors_of_ours():
-        return planning.make(config)
+        return plan_job.make(config)
 
 
 def _run(

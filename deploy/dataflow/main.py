@@ -8,14 +8,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tracin_beam.jobs import graphs
 from tracin_beam.jobs.options import TracInOptions
 from tracin_beam.jobs.registry import JOBS
 
 
+def stages() -> list[str]:
+    """The jobs that run on Beam."""
+    return sorted(job.name for job in JOBS.values() if job.on_beam)
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--stage", required=True, choices=sorted(graphs.GRAPHS))
+    parser.add_argument("--stage", required=True, choices=stages())
     known, rest = parser.parse_known_args(argv)
     flags = _switches(rest)
     # The image that this runs in is the workers' too.

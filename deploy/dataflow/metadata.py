@@ -11,11 +11,12 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from tracin_beam import config
-from tracin_beam.jobs import graphs, options
+from tracin_beam.jobs import options
+from tracin_beam.jobs.registry import JOBS
 
 FILE = Path(__file__).with_name("metadata.json")
 
-STAGES = "|".join(sorted(graphs.GRAPHS))
+STAGES = "|".join(sorted(job.name for job in JOBS.values() if job.on_beam))
 
 # Of Beam's flags those that neither the launch request nor the image gives.
 _BEAM = (
@@ -64,13 +65,18 @@ def _regex(name: str, flag: config.Flag) -> str:
 
 def _parameter(name: str, about: str, regex: str = "", optional: bool = True) -> dict[str, Any]:
     """A parameter; all but the stage may stand in the --config file."""
-    found = {
+    found: dict[str, Any] = {
         "name": name,
         "label": name.replace("_", " ").capitalize(),
         "helpText": about,
         "isOptional": optional,
     }
-    return {**found, "regexes": [f"^({regex})$"]} if regex else found
+    if regex:
+        found["regexes"] = [f"^({regex})$"]
+    needed_by = [job.name for job in JOBS.values() if job.on_beam and name in job.needs]
+    if needed_by:  # for flex_template.py, unless a --config file has it
+        found["customMetadata"] = {"needed_by": ",".join(sorted(needed_by))}
+    return found
 
 
 if __name__ == "__main__":

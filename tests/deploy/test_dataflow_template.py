@@ -15,8 +15,8 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from tracin_beam.jobs import graphs
 from tracin_beam.jobs.options import TracInOptions
+from tracin_beam.jobs.registry import JOBS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/dataflow"
@@ -52,7 +52,7 @@ def test_each_flag_is_a_parameter_and_each_parameter_a_flag():
 def test_the_stages_are_the_jobs():
     [regex] = PARAMETERS["stage"]["regexes"]
     found = re.findall(r"\w+", regex)
-    assert set(found) == set(graphs.GRAPHS)
+    assert set(found) == {job.name for job in JOBS.values() if job.on_beam}
     launchers = {path.stem for path in (ROOT / "pipelines").glob("[!_]*.py")}
     assert set(found) <= launchers
 
@@ -196,7 +196,7 @@ def script(tmp_path):
             (path / "gcloud").chmod(0o755)
         clean = {k: v for k, v in os.environ.items() if k not in ("PROJECT", "BUCKET", "REGION")}
         done = subprocess.run(
-            [sys.executable, FOLDER / "launch.py", *argv],
+            [sys.executable, FOLDER / "flex_template.py", *argv],
             env={**clean, "PATH": str(path), **env},
             capture_output=True,
             text=True,
@@ -332,4 +332,4 @@ def test_without_gcloud(script):
 
 
 def test_the_script_can_be_run():
-    assert (FOLDER / "launch.py").stat().st_mode & stat.S_IXUSR
+    assert (FOLDER / "flex_template.py").stat().st_mode & stat.S_IXUSR

@@ -22,7 +22,6 @@ from manifests import (
 )
 from tiny import Tiny, rows, snapshot
 
-from tracin_beam.jobs import graphs
 from tracin_beam.jobs.registry import JOBS
 
 NIGHTLY = DEPLOY / "nightly"
@@ -210,7 +209,7 @@ class TestScheduler:
         parameters = given["parameters"]
         assert all(isinstance(value, str) for value in parameters.values())
         stage, *flags = (f"--{name}={value}" for name, value in parameters.items())
-        assert stage.removeprefix("--stage=") in graphs.GRAPHS
+        assert stage.removeprefix("--stage=") in JOBS
         check_flags(flags)
 
     def test_the_template_takes_the_parameters(self, launched):

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import apache_beam as beam
 import pytest
@@ -64,9 +65,12 @@ def test_with_beams_flush_it_does_not(beams_flush):
         group(pipeline)
 
 
-def test_a_job_runs_without_the_flush(beams_flush, monkeypatch):
-    monkeypatch.setitem(launch.graphs.GRAPHS, "slow", lambda pipeline, run: group(pipeline))
-    launch.execute("slow", None, PipelineOptions(THREADS))
+def test_a_job_runs_without_the_flush(beams_flush):
+    launch.execute(job_of(lambda pipeline, run: group(pipeline)), None, PipelineOptions(THREADS))
+
+
+def job_of(graph):
+    return SimpleNamespace(parts=SimpleNamespace(graph=graph))
 
 
 def test_the_flush_cannot_be_asked_for():
@@ -77,7 +81,7 @@ def test_the_flush_cannot_be_asked_for():
 
 
 @pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
-def test_a_run_listens_on_loopback_only(mode, monkeypatch, tmp_path):
+def test_a_run_listens_on_loopback_only(mode, tmp_path):
     launcher, found = os.getpid(), tmp_path / "sockets"
 
     def look(_):
@@ -88,9 +92,8 @@ def test_a_run_listens_on_loopback_only(mode, monkeypatch, tmp_path):
         _ = pipeline | beam.Create([None]) | beam.Map(look)
 
     before = sockets.listening()
-    monkeypatch.setitem(launch.graphs.GRAPHS, "look", graph)
     flags = ["--runner=FnApiRunner", f"--direct_running_mode={mode}", "--direct_num_workers=2"]
-    launch.execute("look", None, PipelineOptions(flags))
+    launch.execute(job_of(graph), None, PipelineOptions(flags))
     addresses = found.read_text().split()
     assert len(addresses) >= 4 + len(before)  # control, data, state and logging
     assert set(addresses) <= {"127.0.0.1", "::1"}

@@ -1,21 +1,17 @@
-"""The jobs' Beam graphs, put together from the stages' transforms."""
+"""What all jobs' Beam graphs begin and end with."""
 
-import dataclasses
-import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 
 from tracin_beam.errors import InputError
 from tracin_beam.jobs.preflight import Run, write_run
+from tracin_beam.jobs.registry import Job
 from tracin_beam.storage import files, marks, runs
-from tracin_beam.storage.runs import TRAIN, CheckpointFile, Made, Shard, ShardResult
-
-_log = logging.getLogger(__name__)
-
+from tracin_beam.storage.runs import CheckpointFile, Made, Shard, ShardResult
 
 # Bytes of embeddings that are read to see whether they are as they were when nothing is to be done.
 _READ_AT_MOST = 4 << 30
@@ -30,135 +26,71 @@ def embed_stage(pipeline: beam.Pipeline, run: Run) -> beam.PCollection:
     )
 
 
-def _of_set(results: beam.PCollection, name: str, label: str) -> beam.PCollection:
+def of_set(results: beam.PCollection, name: str, label: str) -> beam.PCollection:
+    """The results of one set."""
     return results | label >> beam.Filter(lambda r, name=name: r.set_name == name)
 
 
-def embed_graph(pipeline: beam.Pipeline, run: Run) -> None:
-    """The graph of `pipelines.embed`."""
-    results = embed_stage(pipeline, run)
-    _finish(pipeline, run, results, None, None, "embed", {})
-
-
-def self_influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
-    """The graph of `pipelines.self_influence`."""
-    from tracin_beam.stages.self_influence import SelfInfluence
-
-    results = embed_stage(pipeline, run)
-    fingerprints = run.shard_fingerprints
-    made = results | "SelfInfluence" >> SelfInfluence(
-        run.output,
-        run.checkpoints,
-        {shard.path: fingerprints[shard.path] for shard in run.train},
-    )
-    _finish(pipeline, run, results, made, None, "self_influence", {})
-
-
-def influence_graph(pipeline: beam.Pipeline, run: Run) -> None:
-    """The graph of `pipelines.influence`."""
-    from tracin_beam.planning import retrieval
-    from tracin_beam.scoring import methods
-    from tracin_beam.stages.influence import Influence
-    from tracin_beam.stages.joining import Join
-    from tracin_beam.stages.retrieval import Retrieval
-    from tracin_beam.stages.total import TotalInfluence
-
-    config = run.config
-    results = embed_stage(pipeline, run)
-    train = _of_set(results, TRAIN, "TrainResults")
-    tests = _of_set(results, config.test_name, "TestResults")
-    engine = run.source.get().engine
-    numbers = engine.dim * len(run.checkpoints)
-    choice = retrieval.choose(config, run.train, run.test, numbers)
-    _log.info("candidates by %s: %s", choice.index, choice.why)
-    join = Join(
-        run.output,
-        run.train,
-        run.test,
-        config.test_name,
-        config.target,
-        run.checkpoints,
-        run.source,
-        run.shard_fingerprints,
-        methods.DEFAULT,
-        numbers,
-        engine.batch_size,
-    )
-    joined = {"train": train, "tests": tests} | "Join" >> Influence(
-        join, choice.index, config.index_rows, config.top_k, config.rescore, config.recall_queries
-    )
-    retrieved = None
-    if config.recall_queries:
-        retrieved = joined | "Retrieval" >> Retrieval(join, config.top_k, config.rescore > 0)
-    made = joined["made"]
-    if config.total:
-        totals = {"train": train, "tests": tests} | "Total" >> TotalInfluence(join)
-        made = (made, totals) | "AllTables" >> beam.Flatten()
-    news = {"index": dataclasses.asdict(choice)}
-    _finish(pipeline, run, results, made, retrieved, "influence", news)
-
-
-def job_of(stage: str, run: Run) -> tuple[str, ...]:
+def mark_of(job: Job, run: Run) -> tuple[str, ...]:
     """What tells a job's results from those of others in the same output."""
-    named = stage == "influence" or (stage == "embed" and run.test)
-    return (stage, run.config.test_name) if named else (stage,)
+    return (job.name, run.config.test_name) if run.test else (job.name,)
 
 
-def fingerprint_of(stage: str, run: Run) -> str:
-    """Of all that a job's results are made from."""
-    config = run.config
-    parts: list[Any] = [run.shard_fingerprints, run.explicit_ids, config.max_rejected]
-    if stage == "self_influence":
-        from tracin_beam.stages import self_influence
-
-        parts.append(self_influence.made_by())
-    if stage == "influence":
-        parts += [
-            config.top_k,
-            config.rescore,
-            config.index_rows,
-            config.recall_queries,
-            config.index,
-            config.total,
-            config.total,
-            config.report_examples,
-            run.source.get().task.label_names,
-        ]
-    return runs.digest(parts)
+def fingerprint_of(job: Job, run: Run) -> str:
+    """A digest of all that a job's results are made from."""
+    parts = [run.shard_fingerprints, run.explicit_ids, run.config.max_rejected]
+    return runs.digest([*parts, *job.parts.made_by(run)])
 
 
-def _finish(
+def finish_with(
     pipeline: beam.Pipeline,
     run: Run,
+    job: Job,
     results: beam.PCollection,
-    made: beam.PCollection | None,
-    retrieved: beam.PCollection | None,
-    stage: str,
-    news: dict[str, Any],
+    made: beam.PCollection | None = None,
+    entries: Mapping[str, Any] | None = None,
+    found: Mapping[str, beam.PCollection] | None = None,
 ) -> None:
+    """Lets a job end with `finish`, once all of it is done.
+
+    Args:
+      pipeline: of the job.
+      run: its run.
+      job: which one it is.
+      results: ShardResults, as `embed_stage` gives them.
+      made: path and stamp of each file of a table.
+      entries: what to write to run.json.
+      found: what to write to run.json and is known at the end only: one value each.
+    """
+    found = dict(found or {})
     nothing = beam.pvalue.AsList(pipeline | "Nothing" >> beam.Create([]))
     _ = (
         pipeline
         | "Once" >> beam.Create([None])
         | "Finish"
         >> beam.Map(
-            lambda _, *inputs: finish(run, stage, news, *inputs),
+            lambda _, results, made, *values, names=tuple(found): finish(
+                run,
+                job,
+                {**(entries or {}), **{n: v[0] for n, v in zip(names, values, strict=True) if v}},
+                results,
+                made,
+            ),
             beam.pvalue.AsList(results),
             beam.pvalue.AsList(made) if made else nothing,
-            beam.pvalue.AsList(retrieved) if retrieved else nothing,
+            *map(beam.pvalue.AsList, found.values()),
         )
     )
 
 
 def finish(
     run: Run,
-    stage: str,
-    news: dict[str, Any],
+    job: Job,
+    entries: Mapping[str, Any],
     results: Sequence[ShardResult],
     made: Sequence[Made],
-    retrieved: Sequence[dict[str, Any]],
 ) -> None:
-    """Writes run.json, the report and the mark of the job, and removes what an earlier run left.
+    """Writes run.json, the job's page and its mark, and removes what an earlier run left.
 
     Raises:
       InputError: an input file has become another since the run began.
@@ -186,37 +118,29 @@ def finish(
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started)),
         "seconds": round(time.time() - run.started, 1),
     }
-    if stage == "influence":
-        news = {**news, "retrieval": retrieved[0] if retrieved else None}
-    state = write_run(run, {**news, "counts": counts, "timings": {stage: timing}})
+    state = write_run(run, {**entries, "counts": counts, "timings": {job.name: timing}})
     vouched = dict(made)
     _remove_others(vouched)
-    if stage == "influence":
-        from tracin_beam.report.write import write_influence_report
-
-        name, count = run.config.test_name, run.config.report_examples
-        vouched[run.output.report(name)] = write_influence_report(
-            run.output, name, run.source.get(), state, count
-        )
+    vouched.update(job.parts.page(run, state))
     rejected = [run.output.rejected(r.set_name, r.shard) for r in results if r.rejected]
     vouched.update(zip(rejected, files.in_parallel(files.stamp, rejected), strict=True))
     marks.write(
-        run.output.done(*job_of(stage, run)),
+        run.output.done(*mark_of(job, run)),
         run.output.root,
-        fingerprint_of(stage, run),
+        fingerprint_of(job, run),
         vouched,
-        news={**news, "counts": counts},
+        news={**entries, "counts": counts},
         embeddings=marks.as_json(dict(_embeddings(run, results)), run.output.root),
     )
     if run.lease and run.lease.detached:
         files.remove([run.lease.path])
 
 
-def write_counters(run: Run, stage: str, counters: dict[str, dict[str, int]]) -> None:
+def write_counters(run: Run, job: Job, counters: dict[str, dict[str, int]]) -> None:
     """Adds what the workers counted to the timings in run.json; nothing, if they told nothing."""
-    timing = runs.read_run(run.output).get("timings", {}).get(stage)
+    timing = runs.read_run(run.output).get("timings", {}).get(job.name)
     if counters and timing:
-        write_run(run, {"timings": {stage: {**timing, "counters": counters}}})
+        write_run(run, {"timings": {job.name: {**timing, "counters": counters}}})
 
 
 def _embeddings(run: Run, results: Sequence[ShardResult]) -> Iterator[Made]:
@@ -232,11 +156,11 @@ def _remove_others(made: Collection[str]) -> None:
         files.remove(sorted({info.path for info in files.list_folder(folder)} - set(made)))
 
 
-def is_done(stage: str, run: Run) -> bool:
+def is_done(job: Job, run: Run) -> bool:
     """Whether a job's results are there already; then run.json is made to tell of them."""
-    wanted = set(_expected(stage, run))
-    mark = run.output.done(*job_of(stage, run))
-    done = marks.read(mark, run.output.root, fingerprint_of(stage, run), wanted)
+    wanted = set(job.parts.results(run))
+    mark = run.output.done(*mark_of(job, run))
+    done = marks.read(mark, run.output.root, fingerprint_of(job, run), wanted)
     if done is None:
         return False
     if change := _changed_embeddings(run, marks.from_json(done["embeddings"], run.output.root)):
@@ -260,21 +184,3 @@ def _changed_embeddings(run: Run, made: dict[str, files.Stamp]) -> str:
     near = files.is_local(run.output.root)
     small = sum(stamp.size for stamp in made.values()) <= _READ_AT_MOST
     return marks.first_change(made) if near and small else ""
-
-
-def _expected(stage: str, run: Run) -> Iterator[str]:
-    """Paths of the results that a job's mark must vouch for."""
-    name = run.config.test_name
-    if stage == "influence":
-        yield run.output.report(name)
-    elif stage == "self_influence":
-        for i in range(len(run.train)):
-            numbered = runs.numbered("self_influence", i, len(run.train))
-            yield run.output.self_influence(numbered)
-
-
-GRAPHS: dict[str, Callable[[beam.Pipeline, Run], None]] = {
-    "embed": embed_graph,
-    "influence": influence_graph,
-    "self_influence": self_influence_graph,
-}

@@ -44,7 +44,7 @@ def _run(job: Job, prog: str, argv: Sequence[str]) -> int:
     set_up_logging()
     with progress.reported(progress.as_lines):
         run, said = carry_out(job, config, beam_options)
-    print(said or _summary(job.name, run))
+    print(said or job.parts.summary(run, runs.read_run(run.output)))
     return 0
 
 
@@ -83,21 +83,21 @@ def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[
         dataflow.set_defaults(beam_options)
     FileSystems.set_options(beam_options)
     _log.info("looking at the task, the checkpoints and the data")
-    with prepared(config, job.name, with_test=job.uses_test) as run:
+    with prepared(config, job) as run:
         only_written = dataflow.only_written(beam_options)
         if only_written:
             run = dataclasses.replace(run, lease=None)
-        elif graphs.is_done(job.name, run):
+        elif graphs.is_done(job, run):
             _log.info("nothing has changed since the results were made")
             return run, None
         elif run.lease and beam_options.view_as(StandardOptions).no_wait_until_finish:
             run.lease.detached = True
         if local.is_chosen(beam_options):
             progress.expect("embedding", sum(unit.shard.size for unit in run.units))
-        result = execute(job.name, run, beam_options)
+        result = execute(job, run, beam_options)
         said = only_written or _unfinished(result, beam_options)
         if not said:
-            graphs.write_counters(run, job.name, metrics.of_job(result))
+            graphs.write_counters(run, job, metrics.of_job(result))
         return run, said
 
 
@@ -108,7 +108,7 @@ def say(prog: str, error: Exception) -> None:
     print(f"{prog}: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
 
 
-def execute(stage: str, run: Run, beam_options: PipelineOptions) -> PipelineResult:
+def execute(job: Job, run: Run, beam_options: PipelineOptions) -> PipelineResult:
     """Runs a job's graph, and waits for it unless the options say otherwise.
 
     Raises:
@@ -125,7 +125,7 @@ def execute(stage: str, run: Run, beam_options: PipelineOptions) -> PipelineResu
             cancelled,
             pipeline,
         ):
-            graphs.GRAPHS[stage](pipeline, run)
+            job.parts.graph(pipeline, run)
         return pipeline.result
     except Exception as error:
         if worker_errors.shows_traces():
@@ -141,31 +141,6 @@ def _unfinished(result: PipelineResult, beam_options: PipelineOptions) -> str | 
     # Dataflow's results have a method, those of job servers an attribute.
     job_id = result.job_id() if hasattr(result, "job_id") else getattr(result, "_job_id", "")
     return f"Submitted the job {job_id}. Once it has finished, this command shows its results."
-
-
-def _summary(stage: str, run: Run) -> str:
-    from tracin_beam.report import text
-    from tracin_beam.storage import tables
-
-    state = runs.read_run(run.output)
-    if stage == "influence":
-        name = run.config.test_name
-        rows = tables.read_folder(run.output.influence(name))
-        names = run.source.get().task.label_names
-        summary = text.influence_summary(rows, state, label_names=names)
-        total = ""
-        if run.config.total:
-            total = f"Totals are in {run.output.path('total_influence', name)}\n"
-        return (
-            f"{summary}\nTables are in {run.output.influence(name)}\n"
-            f"{total}Report: {run.output.report(name)}"
-        )
-    lines = []
-    for name, counts in state["counts"].items():
-        parts = ", ".join(f"{value} {key}" for key, value in counts.items())
-        lines.append(f"{name}: {parts}")
-    where = run.output.path("self_influence" if stage == "self_influence" else "embeddings")
-    return "\n".join([*lines, f"Written to {where}"])
 
 
 def set_up_logging() -> None:

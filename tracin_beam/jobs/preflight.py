@@ -20,6 +20,7 @@ from tracin_beam.config import Config
 from tracin_beam.errors import InputError, reason
 from tracin_beam.inputs.checkpoints import read_checkpoints
 from tracin_beam.inputs.task import Task, check_keras, load_task
+from tracin_beam.jobs.registry import Job
 from tracin_beam.planning import dims
 from tracin_beam.scoring import methods
 from tracin_beam.storage import files, leases, runs
@@ -95,13 +96,12 @@ class Found:
 
 
 @contextlib.contextmanager
-def prepared(config: Config, stage: str, *, with_test: bool) -> Iterator[Run]:
+def prepared(config: Config, job: Job) -> Iterator[Run]:
     """Checks a configuration against what it names, and begins the job in its output.
 
     Args:
       config: the flags.
-      stage: name of the job.
-      with_test: whether it takes the test set that is given.
+      job: which one.
 
     Yields:
       The run. As long as it is used no other run is at work on the same results.
@@ -110,12 +110,12 @@ def prepared(config: Config, stage: str, *, with_test: bool) -> Iterator[Run]:
       InputError: anything that the run would trip over.
     """
     for _ in range(_LOOKS):
-        found = look(config, with_test=with_test)
+        found = look(config, with_test=job.uses_test)
         run, output = found.run, found.run.output
-        job, claims = _claims(stage, found)
+        name, claims = _claims(job, found)
         with contextlib.ExitStack() as stack:
             try:
-                lease = stack.enter_context(leases.held(output.leases, job, claims, _shared(run)))
+                lease = stack.enter_context(leases.held(output.leases, name, claims, _shared(run)))
                 if _names(runs.read_run(output)) != found.names:
                     continue  # another run has begun or ended in the meantime
                 run = dataclasses.replace(run, lease=lease)
@@ -129,13 +129,13 @@ def prepared(config: Config, stage: str, *, with_test: bool) -> Iterator[Run]:
     raise InputError(f"--output={config.output}: too many runs begin and end there. Run again.")
 
 
-def _claims(stage: str, found: Found) -> tuple[str, tuple[str, ...]]:
+def _claims(job: Job, found: Found) -> tuple[str, tuple[str, ...]]:
     """What the job is called, and what no other may work on meanwhile."""
     test = [f"the test set {found.run.config.test_name!r}"] if found.run.test else []
-    job = " of ".join([stage, *test])
+    name = " of ".join([job.name, *test])
     if found.stale:
-        return job, ("*",)
-    return job, tuple(test if stage == "influence" else [stage, *test])
+        return name, ("*",)
+    return name, tuple(test if job.per_test_set else [job.name, *test])
 
 
 def _shared(run: Run) -> str:

@@ -6,6 +6,10 @@ This module imports no TensorFlow, and the jobs' code only when a job runs.
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tracin_beam.jobs.parts import Parts
 
 _ALWAYS = ("task", "checkpoints", "train")
 
@@ -18,25 +22,38 @@ class Job:
       name: as a command and as a function of `tracin_beam`.
       about: what it makes, in a line.
       needs: the flags that must be given.
-      command: "module:function" that runs it from a command line; it takes the job, the words of
-        the command line and the name of the program, and gives the exit status.
+      code: the module that has `PARTS`, what the job is made of (see `parts.Parts`).
       uses_test: whether it takes the test set that is given.
+      per_test_set: whether it may be at work for several test sets at once.
+      command: the module whose `main` runs it from a command line, if it is no job on Beam; it
+        takes the job, the words of the command line and the name of the program, and gives the exit
+        status.
     """
 
     name: str
     about: str
     needs: tuple[str, ...]
-    command: str
+    code: str = ""
     uses_test: bool = True
+    per_test_set: bool = False
+    command: str = "tracin_beam.jobs.launch"
+
+    @property
+    def on_beam(self) -> bool:
+        """Whether it runs as a pipeline."""
+        return bool(self.code)
+
+    @property
+    def parts(self) -> "Parts":
+        """What it is made of, imported now."""
+        found: Parts = importlib.import_module(self.code).PARTS
+        return found
 
     def main(self, argv: Sequence[str] | None = None, prog: str = "") -> int:
         """Runs the job from the command line, by default the process's, and gives its status."""
-        module, _, name = self.command.partition(":")
-        run: Callable[..., int] = getattr(importlib.import_module(module), name)
+        run: Callable[..., int] = importlib.import_module(self.command).main
         return run(self, argv, prog or f"tracin-beam {self.name}")
 
-
-_LAUNCH = "tracin_beam.jobs.launch:main"
 
 JOBS: dict[str, Job] = {
     job.name: job
@@ -45,27 +62,28 @@ JOBS: dict[str, Job] = {
             "influence",
             "Influence tables: every test example's top proponents and opponents, exactly scored.",
             (*_ALWAYS, "test", "output"),
-            _LAUNCH,
+            "tracin_beam.jobs.influence",
+            per_test_set=True,
         ),
         Job(
             "self_influence",
             "Self-influence tables: how much each training example lowers its own loss.",
             (*_ALWAYS, "output"),
-            _LAUNCH,
+            "tracin_beam.jobs.self_influence",
             uses_test=False,
         ),
         Job(
             "embed",
             "Embeddings alone: projected loss gradients of every example at every checkpoint.",
             (*_ALWAYS, "output"),
-            _LAUNCH,
+            "tracin_beam.jobs.embed",
         ),
         Job(
             "plan",
             "Before a run: how many examples, bytes, worker hours and how much memory; writes "
             "nothing.",
             _ALWAYS,
-            "tracin_beam.jobs.planning:main",
+            command="tracin_beam.jobs.plan",
         ),
     )
 }

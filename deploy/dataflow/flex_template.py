@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Builds the Flex Template and launches jobs from it, with gcloud.
 
-    launch.py build --project P --bucket B --image HOST/P/REPOSITORY/tracin-beam:1
-    launch.py run influence --project P --bucket B --region R --task=gs://B/my_task.py:task \\
-        --checkpoints=gs://B/ckpts --train='gs://B/data/train-*' --test='gs://B/data/test-*' \\
-        --output=gs://B/out
+    flex_template.py build --project P --bucket B --image HOST/P/REPOSITORY/tracin-beam:1
+    flex_template.py run influence --project P --bucket B --region R \\
+        --task=gs://B/my_task.py:task --checkpoints=gs://B/ckpts --train='gs://B/data/train-*' \\
+        --test='gs://B/data/test-*' --output=gs://B/out
 
 PROJECT, BUCKET, REGION and IMAGE may stand in the environment instead. Any other flag of `run` is a
 parameter of the template, which metadata.json lists. Needs Python and gcloud, nothing else.
@@ -112,9 +112,12 @@ def _parameters(parameters: dict[str, str], flags: Sequence[str], fail: Any) -> 
         regexes = declared[name].get("regexes", [])
         if not all(re.match(regex, value) for regex in regexes):
             fail(f"{name}={value} is not of the form {' '.join(regexes)}")
-    needed = ["task", "checkpoints", "train", "output"]
-    needed += ["test"] * (parameters[STAGE] == "influence")
-    missing = [f"--{name}" for name in needed if name not in parameters]
+    missing = [
+        f"--{name}"
+        for name, parameter in declared.items()
+        if name not in parameters
+        and parameters[STAGE] in parameter.get("customMetadata", {}).get("needed_by", "").split(",")
+    ]
     if missing and "config" not in parameters:
         fail(f"{', '.join(missing)} must be given, or a --config file that has them.")
     return parameters
@@ -146,7 +149,7 @@ def _gcloud(command: Sequence[str], flags: dict[str, Any]) -> int:
                 ["gcloud", *command, f"--flags-file={file}"], check=False
             ).returncode
         except FileNotFoundError:
-            print("launch.py: gcloud is not installed, or not on PATH.", file=sys.stderr)
+            print("flex_template.py: gcloud is not installed, or not on PATH.", file=sys.stderr)
             return 127
 
 

@@ -1,0 +1,108 @@
+"""The job `influence`: the proponents and opponents of every test example, and their page."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import apache_beam as beam
+
+from tracin_beam.jobs import graphs
+from tracin_beam.jobs.parts import Parts
+from tracin_beam.jobs.preflight import Run
+from tracin_beam.jobs.registry import JOBS
+from tracin_beam.storage.files import Stamp
+from tracin_beam.storage.runs import TRAIN
+
+_log = logging.getLogger(__name__)
+
+
+def graph(pipeline: beam.Pipeline, run: Run) -> None:
+    """Embeds, searches candidates, scores them exactly and states the recall."""
+    from tracin_beam.planning import retrieval
+    from tracin_beam.scoring import methods
+    from tracin_beam.stages.influence import Influence
+    from tracin_beam.stages.joining import Join
+    from tracin_beam.stages.retrieval import Retrieval
+    from tracin_beam.stages.total import TotalInfluence
+
+    config = run.config
+    results = graphs.embed_stage(pipeline, run)
+    train = graphs.of_set(results, TRAIN, "TrainResults")
+    tests = graphs.of_set(results, config.test_name, "TestResults")
+    engine = run.source.get().engine
+    numbers = engine.dim * len(run.checkpoints)
+    choice = retrieval.choose(config, run.train, run.test, numbers)
+    _log.info("candidates by %s: %s", choice.index, choice.why)
+    join = Join(
+        run.output,
+        run.train,
+        run.test,
+        config.test_name,
+        config.target,
+        run.checkpoints,
+        run.source,
+        run.shard_fingerprints,
+        methods.DEFAULT,
+        numbers,
+        engine.batch_size,
+    )
+    joined = {"train": train, "tests": tests} | "Join" >> Influence(
+        join, choice.index, config.index_rows, config.top_k, config.rescore, config.recall_queries
+    )
+    found = {}
+    if config.recall_queries:
+        found["retrieval"] = joined | "Retrieval" >> Retrieval(
+            join, config.top_k, config.rescore > 0
+        )
+    made = joined["made"]
+    if config.total:
+        totals = {"train": train, "tests": tests} | "Total" >> TotalInfluence(join)
+        made = (made, totals) | "AllTables" >> beam.Flatten()
+    entries = {"index": dataclasses.asdict(choice), "retrieval": None}
+    graphs.finish_with(pipeline, run, JOBS["influence"], results, made, entries, found)
+
+
+def _made_by(run: Run) -> list[Any]:
+    config = run.config
+    return [
+        config.top_k,
+        config.rescore,
+        config.index_rows,
+        config.recall_queries,
+        config.index,
+        config.total,
+        config.report_examples,
+        run.source.get().task.label_names,
+    ]
+
+
+def _results(run: Run) -> list[str]:
+    return [run.output.report(run.config.test_name)]
+
+
+def _page(run: Run, state: Mapping[str, Any]) -> dict[str, Stamp]:
+    from tracin_beam.report.write import write_influence_report
+
+    name, count = run.config.test_name, run.config.report_examples
+    stamp = write_influence_report(run.output, name, run.source.get(), state, count)
+    return {run.output.report(name): stamp}
+
+
+def _summary(run: Run, state: Mapping[str, Any]) -> str:
+    from tracin_beam.report import text
+    from tracin_beam.storage import tables
+
+    name = run.config.test_name
+    rows = tables.read_folder(run.output.influence(name))
+    names = run.source.get().task.label_names
+    lines = [
+        text.influence_summary(rows, state, label_names=names),
+        f"Tables are in {run.output.influence(name)}",
+    ]
+    if run.config.total:
+        lines.append(f"Totals are in {run.output.path('total_influence', name)}")
+    return "\n".join([*lines, f"Report: {run.output.report(name)}"])
+
+
+PARTS = Parts(graph, _summary, _made_by, _results, _page)
