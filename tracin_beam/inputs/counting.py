@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tracin_beam.storage import files
 from tracin_beam.storage.files import FileInfo
-from tracin_beam.storage.records import is_gzip, read_exactly
+from tracin_beam.storage.records import compression, read_exactly
 
 _LENGTH = struct.Struct("<Q")
 _FRAME = 16  # bytes of a record besides its data
@@ -38,7 +38,7 @@ class Count:
 
 
 def count(shards: Sequence[FileInfo]) -> Count:
-    """Counts the records of TFRecord files, plain or gzip.
+    """Counts the records of TFRecord files, plain or compressed.
 
     Plain local files are skipped through by the lengths of their records. Of others, and where
     that would take too long, the first bytes of some files are read, and the rest follows from
@@ -72,12 +72,12 @@ def count(shards: Sequence[FileInfo]) -> Count:
 
 
 def _skip_through(path: str) -> int | None:
-    """The number of records of a plain local file; None of a gzip file."""
+    """The number of records of a plain local file; None of a compressed file."""
     with (
         open(path, "rb") as handle,
         mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
-        return None if is_gzip(data[:_START]) else _frames(data)[0]
+        return None if compression(data[:_START]) else _frames(data)[0]
 
 
 def _head(path: str) -> bytes:
@@ -87,14 +87,14 @@ def _head(path: str) -> bytes:
 
 def _of_head(head: bytes) -> tuple[int, int]:
     """How many records begin in the first bytes of a file, and how many bytes they take in it."""
-    if not is_gzip(head[:_START]):
+    if not compression(head[:_START]):
         records, used = _frames(head)
         return records, len(head) if len(head) < _HEAD_BYTES else used
     plain = b""
     rest = head
     try:
         while rest:  # of members, of which a file may have several
-            member = zlib.decompressobj(31)
+            member = zlib.decompressobj(zlib.MAX_WBITS | 32)
             plain += member.decompress(rest)
             rest = member.unused_data
     except zlib.error:  # what is damaged is not counted

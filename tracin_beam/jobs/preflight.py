@@ -18,6 +18,7 @@ import apache_beam as beam
 from tracin_beam._version import __version__
 from tracin_beam.config import Config
 from tracin_beam.errors import InputError, reason
+from tracin_beam.inputs import formats
 from tracin_beam.inputs.checkpoints import read_checkpoints
 from tracin_beam.inputs.task import Task, check_keras, load_task
 from tracin_beam.jobs.registry import Job
@@ -297,7 +298,9 @@ def _shards(
     pattern: str | None, set_name: str, flag: str, sets: dict[str, Any]
 ) -> tuple[Shard, ...]:
     known = sets.get(set_name, {}).get("shards", {})
-    return tuple(runs.find_shards(pattern or "", flag, known))
+    shards = tuple(runs.find_shards(pattern or "", flag, known))
+    formats.check(flag, [shard.path for shard in shards])
+    return shards
 
 
 def _try_out(
@@ -362,7 +365,7 @@ def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -
     from tracin_beam.storage import records
 
     tried, failures, first = 0, 0, ""
-    every = (record for shard in train for record in records.read_records(shard.path))
+    every = (record for shard in train for record in formats.read(shard.path))
     for record in itertools.islice(every, _MOST_TRIED):
         tried += 1
         try:
@@ -393,7 +396,7 @@ def _first_parsed(loaded: Any, shards: Sequence[Shard]) -> list[bytes]:
     from tracin_beam.stages import embed
     from tracin_beam.storage import records
 
-    every = (record for shard in shards for record in records.read_records(shard.path))
+    every = (record for shard in shards for record in formats.read(shard.path))
     some = [r for r in itertools.islice(every, _PILOT) if isinstance(r, records.Record)]
     _, positions, _ = embed.parse_records(loaded, some)
     return [record.data for record in some if record.position in set(positions)]
@@ -480,11 +483,10 @@ def _try(
 ) -> _Tried:
     """Some of the first records that can be used at a checkpoint; an InputError if none can."""
     from tracin_beam.stages import embed
-    from tracin_beam.storage import records
 
     tried, first = 0, ""
     for shard in shards:
-        found = records.read_records(shard.path)
+        found = formats.read(shard.path)
         while tried < _MOST_TRIED and (some := list(itertools.islice(found, _PILOT))):
             tried += len(some)
             for rows, rejected in embed.embed_records(loaded, checkpoint, target, shard.name, some):

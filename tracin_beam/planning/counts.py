@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from tracin_beam.config import Config
-from tracin_beam.inputs import counting
+from tracin_beam.inputs import counting, formats
 from tracin_beam.storage import files, patterns
 from tracin_beam.storage.runs import Shard
 
@@ -24,6 +24,6 @@ def count(config: Config, train: Sequence[Shard], test: Sequence[Shard]) -> Coun
         if not shards:
             return counting.Count((), True)
         matched = {files.full(info.path): info for info in patterns.match(pattern or "")}
-        return counting.count([matched[shard.path] for shard in shards])
+        return formats.count([matched[shard.path] for shard in shards])
 
     return Counts(of(config.train, train), of(config.test, test))

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tracin_beam.inputs import formats
 from tracin_beam.scoring.methods import Score
 from tracin_beam.stages import embed
 from tracin_beam.stages.workers import EngineSource, Loaded
-from tracin_beam.storage import embeddings, records
+from tracin_beam.storage import embeddings
 from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.records import Record
 from tracin_beam.storage.runs import CheckpointFile, Shard
@@ -27,7 +28,7 @@ def sample(shards: Sequence[Shard], wanted: int) -> list[Record]:
     found: list[bytes] = []
     for i, shard in enumerate(chosen):
         read, size = [], 0
-        for record in records.read_records(shard.path):
+        for record in formats.read(shard.path):
             if isinstance(record, Record):
                 read.append(record.data)
                 size += len(record.data)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracin_beam.gradients import nests
+from tracin_beam.inputs import formats
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Shown, show_features
 from tracin_beam.report.view import Place, places_shown, reading
@@ -48,8 +49,8 @@ def shown_at(parse: "Callable[[Sequence[bytes]], Batch]", places: set[Place]) ->
     shown = {}
     for path in sorted({path for path, _ in places}):
         wanted = {position for other, position in places if other == path}
-        for record in records.read_records(path):
-            if record.position in wanted and isinstance(record, records.Record):
+        for record in formats.read_at(path, wanted):
+            if isinstance(record, records.Record):
                 features = parse([record.data]).features
                 features = nests.map_present(lambda x: x[0].numpy(), features)
                 shown[path, record.position] = show_features(features, record.data)

@@ -14,6 +14,7 @@ import apache_beam as beam
 import numpy as np
 
 from tracin_beam.errors import InputError, reason
+from tracin_beam.inputs import formats
 from tracin_beam.stages import progress
 from tracin_beam.stages.metrics import Counters, Tally
 from tracin_beam.stages.workers import EngineSource, Loaded
@@ -257,7 +258,7 @@ def embed_unit(
 
     def counted() -> Iterator[records.Record | records.BadRecord]:
         nonlocal read, size
-        for record in records.read_records(unit.shard.path, crc):
+        for record in formats.read(unit.shard.path, crc):
             read += 1
             if isinstance(record, records.Record):
                 size += len(record.data)

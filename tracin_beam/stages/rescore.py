@@ -15,6 +15,7 @@ import apache_beam as beam
 import numpy as np
 
 from tracin_beam.errors import InputError
+from tracin_beam.inputs import formats
 from tracin_beam.scoring import topk
 from tracin_beam.scoring.topk import ROLES, Scored
 from tracin_beam.stages import embed, joining, progress
@@ -154,13 +155,11 @@ def records_at(path: str, positions: set[int]) -> Iterator[records.Record]:
     Raises:
       InputError: some are not there any more.
     """
-    last, found = max(positions), 0
-    for record in records.read_records(path):
-        if record.position in positions and isinstance(record, records.Record):
+    found = 0
+    for record in formats.read_at(path, positions):
+        if isinstance(record, records.Record):
             found += 1
             yield record
-        if record.position >= last:
-            break
     if found != len(positions):
         raise InputError(
             f"{path} changed since it was embedded: {len(positions) - found} of {len(positions)} "

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -257,12 +258,30 @@ def difference(path: str, known: Stamp) -> str:
     return "" if crc.hexdigest() == known.checksum else "its content is another"
 
 
+def _require_regular(path: str) -> None:
+    """Refuses what is no file and would be waited for, as a FIFO is."""
+    mode = os.stat(path).st_mode
+    for test, said in _IRREGULAR.items():
+        if test(mode):
+            raise InputError(f"{path} is {said}, and not a file: name a file that holds the data.")
+
+
+_IRREGULAR = {
+    stat.S_ISFIFO: "a FIFO",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
 def open_read(path: str) -> BinaryIO:
     """Opens a file for reading its raw bytes, never decompressed whatever its suffix.
 
     Raises:
         OSError: it cannot be opened.
     """
+    if is_local(path):
+        _require_regular(path)
     with _os_errors(path):
         return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 

@@ -83,12 +83,12 @@ class RecordWriter:
 
 
 def read_records(path: str, crc: Crc | None = None) -> Iterator[Record | BadRecord]:
-    """Streams the records of a TFRecord file, plain or gzip (told by its content, not its name).
+    """Streams the records of a TFRecord file: plain, gzip or ZLIB, told by content and not by name.
 
     Damage costs what it touches and no more: data with a wrong CRC is one `BadRecord`. Where a
     length is damaged the file is searched for the next sound record; the stretch between counts as
     one record, so positions after it are lower than they were if it held several. A file cut short,
-    or a gzip stream that is corrupt, ends with a `BadRecord`. An empty file has no records.
+    or a compressed stream that is corrupt, ends with a `BadRecord`. An empty file has no records.
 
     Holds about one record, or 1 MiB, in memory.
 
@@ -102,10 +102,14 @@ def read_records(path: str, crc: Crc | None = None) -> Iterator[Record | BadReco
     with open_read(path) as opened:
         handle = opened if crc is None else _Checked(opened, crc)
         head = read_exactly(handle, _HEADER.size)
-        packed = is_gzip(head)
+        kind = compression(head)
         whole = _Prefixed(head, handle)
-        source = _Source(gzip.GzipFile(fileobj=whole) if packed else whole)  # type: ignore[call-overload]
-        yield from _frames(source, path)
+        source: _Prefixed | _Inflated | gzip.GzipFile = whole
+        if kind == "gzip":
+            source = gzip.GzipFile(fileobj=whole)  # type: ignore[call-overload]
+        elif kind == "ZLIB":
+            source = _Inflated(whole)
+        yield from _frames(_Source(source, kind), path)
         if crc is not None:
             while handle.read(_CHUNK):  # what follows the end of a gzip stream
                 pass
@@ -188,11 +192,38 @@ class _Prefixed:
     read1 = read
 
 
+class _Inflated:
+    """A handle of a ZLIB stream, decompressed."""
+
+    def __init__(self, handle: _Prefixed):
+        self._handle = handle
+        self._inflate = zlib.decompressobj()
+
+    def read1(self, size: int) -> bytes:
+        """Some bytes, `size` at most; none at the end.
+
+        Raises:
+            zlib.error: the stream is corrupt.
+            EOFError: it ends before its end.
+        """
+        while not self._inflate.eof:
+            packed = self._inflate.unconsumed_tail or self._handle.read(_CHUNK)
+            data = self._inflate.decompress(packed, size)
+            if data:
+                return data
+            if not packed:
+                raise EOFError("it ends before the end-of-stream marker was reached")
+        if self._inflate.unused_data or self._handle.read(1):
+            raise zlib.error("bytes follow after its end")
+        return b""
+
+
 class _Source:
     """A window on a stream of bytes: `buffer[at:]` is what is read and not yet used."""
 
-    def __init__(self, handle: "_Prefixed | gzip.GzipFile"):
+    def __init__(self, handle: "_Prefixed | _Inflated | gzip.GzipFile", kind: str):
         self._read = handle.read1
+        self._kind = kind
         self._ended = False
         self.buffer = b""
         self.at = 0
@@ -213,7 +244,7 @@ class _Source:
             try:
                 piece = self._read(min(max(size - have, _CHUNK), _MAX_READ))
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                self.error, piece = f"the gzip stream is corrupt: {error}", b""
+                self.error, piece = f"the {self._kind} stream is corrupt: {error}", b""
             if not piece:
                 self._ended = True
                 break
@@ -324,9 +355,30 @@ def _crc_tables() -> tuple[int, list[np.ndarray]]:
     return zero, [np.array(flip, np.uint32) for flip in flips]
 
 
-def is_gzip(start: bytes) -> bool:
-    """Whether a file that starts with these bytes, twelve at least, is gzip and not plain."""
-    return start.startswith(b"\x1f\x8b") and not _valid_header(start)
+def compression(start: bytes) -> str:
+    """How a file that starts with these bytes, twelve at least, is compressed: gzip, ZLIB or ""."""
+    if _valid_header(start):
+        return ""
+    if start.startswith(b"\x1f\x8b"):
+        return "gzip"
+    # RFC 1950: deflate with a window of up to 32 KiB, and a check of the first two bytes.
+    if len(start) < 2 or start[0] & 0x8F != 8 or (start[0] << 8 | start[1]) % 31:
+        return ""
+    try:
+        zlib.decompressobj().decompress(start)
+    except zlib.error:  # a plain file whose first bytes are damaged
+        return ""
+    return "ZLIB"
+
+
+def begins_as_one(start: bytes) -> bool:
+    """Whether the first bytes of a file, some hundred, are those of a sound TFRecord file."""
+    if compression(start):
+        try:
+            start = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(start, _HEADER.size)
+        except zlib.error:
+            return False
+    return _valid_header(start)
 
 
 def read_exactly(handle: "BinaryIO | _Checked", size: int) -> bytes:
