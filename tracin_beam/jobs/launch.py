@@ -14,24 +14,25 @@ from tracin_beam.config import Config
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import dataflow, graphs, interrupts, local, options, worker_errors
 from tracin_beam.jobs.preflight import Run, prepared
-from tracin_beam.jobs.registry import Job
+from tracin_beam.jobs.registry import JOBS, Job, installed_as
 from tracin_beam.stages import metrics, progress
 from tracin_beam.storage import runs, unfinished
 
 _log = logging.getLogger(__name__)
 
 
-def main(job: Job, argv: Sequence[str] | None, prog: str) -> int:
+def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
     """Runs a job from the command line.
 
     Args:
-      job: which one.
-      argv: flags; those of the process by default.
-      prog: what the command is called.
+      name: of the job.
+      prog: what the command is called, by default as it is installed.
+      argv: flags, by default those of the process.
 
     Returns:
       The exit status, as `ends` gives it.
     """
+    job, prog = JOBS[name], prog or installed_as(name)
     argv = list(sys.argv[1:] if argv is None else argv)
     if options.wants_help(argv, prog, job):
         return 0

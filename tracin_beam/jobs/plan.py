@@ -12,7 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 from tracin_beam.config import Config
 from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.preflight import Found
-from tracin_beam.jobs.registry import Job
+from tracin_beam.jobs.registry import JOBS, Job, installed_as
 from tracin_beam.storage import runs
 from tracin_beam.storage.runs import Shard, Unit
 
@@ -50,17 +50,9 @@ class Planned:
         return as_text(self)
 
 
-def main(job: Job, argv: Sequence[str] | None, prog: str) -> int:
-    """Prints a plan.
-
-    Args:
-      job: `plan`.
-      argv: flags; those of the process by default.
-      prog: what the command is called.
-
-    Returns:
-      The exit status, as `launch.ends` gives it.
-    """
+def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
+    """Prints a plan. Arguments and result are those of `launch.main`."""
+    job, prog = JOBS[name], prog or installed_as(name)
     argv = list(sys.argv[1:] if argv is None else argv)
     if options.wants_help(argv, prog, job):
         return 0

@@ -25,9 +25,8 @@ class Job:
       code: the module that has `PARTS`, what the job is made of (see `parts.Parts`).
       uses_test: whether it takes the test set that is given.
       per_test_set: whether it may be at work for several test sets at once.
-      command: the module whose `main` runs it from a command line, if it is no job on Beam; it
-        takes the job, the words of the command line and the name of the program, and gives the exit
-        status.
+      command: the module whose `main`, with the signature of `launch.main`, runs it from a
+        command line, if it is no job on Beam.
     """
 
     name: str
@@ -52,7 +51,12 @@ class Job:
     def main(self, argv: Sequence[str] | None = None, prog: str = "") -> int:
         """Runs the job from the command line, by default the process's, and gives its status."""
         run: Callable[..., int] = importlib.import_module(self.command).main
-        return run(self, argv, prog or f"tracin-beam {self.name}")
+        return run(self.name, prog, argv)
+
+
+def installed_as(name: str) -> str:
+    """What the command of a job is called where the package is installed."""
+    return f"tracin-beam {name}"
 
 
 JOBS: dict[str, Job] = {
