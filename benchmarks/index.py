@@ -175,10 +175,11 @@ def product(rows: np.ndarray, queries: np.ndarray, count: int) -> list[np.ndarra
 
     score = methods.make("TracInCP", [1.0])
     ends = topk.Ends(np.arange(len(queries)), count)
-    weighted = score.queries([queries])
-    for start in range(0, len(rows), joining.BLOCK_ROWS):
-        block = rows[start : start + joining.BLOCK_ROWS]
-        scores = score.estimates(weighted, [block])
+    weighted = score.queries(queries)
+    size = joining.block_rows(rows.shape[1])
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        scores = score.estimates(weighted, block)
         ends.add(scores, np.zeros(len(block), np.int32), np.arange(start, start + len(block)))
     return [ends.of(role).position.reshape(len(queries), -1) for role in topk.ROLES]
 

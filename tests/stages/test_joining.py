@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -102,15 +100,52 @@ def test_queries_are_read_across_shards(tmp_path, size, write_rows):
     for queries, vectors in joining.read_queries(join, census, size):
         assert len(queries) <= size
         numbers += queries.tolist()
-        parts.append(vectors)
+        parts.append(vectors.copy())
     assert numbers == list(range(8))
-    for c, checkpoint in enumerate(write_rows.checkpoints):
-        a, d = written["a", checkpoint.step], written["c", checkpoint.step]
-        expected = np.concatenate([np.delete(a, 2, axis=0), d])
-        np.testing.assert_array_equal(np.concatenate([part[c] for part in parts]), expected)
+    expected = np.hstack(
+        [
+            np.concatenate([np.delete(written["a", c.step], 2, axis=0), written["c", c.step]])
+            for c in write_rows.checkpoints
+        ]
+    )
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
     some = np.array([0, 2, 7])
-    for part, whole in zip(
-        joining.queries_at(join, census, some), zip(*parts, strict=True), strict=True
-    ):
-        np.testing.assert_array_equal(part, np.concatenate(whole)[some])
-    assert dataclasses.replace(join, block=4).train_number == {}
+    np.testing.assert_array_equal(joining.queries_at(join, census, some), expected[some])
+
+
+def test_training_examples_are_read_in_blocks_across_shards(tmp_path, monkeypatch, write_rows):
+    monkeypatch.setattr(joining, "block_rows", lambda numbers: 4)
+    train = [result("a", 4, [2], "train"), result("b", 0, (), "train"), result("c", 6, (), "train")]
+    join = Join(
+        Output(str(tmp_path)),
+        tuple(r.shard for r in train),
+        (),
+        "test",
+        "loss",
+        write_rows.checkpoints,
+        None,
+        {},
+        "TracInCP",
+        16,
+        8,
+    )
+    written = write_rows("train", train)
+    matrices = [
+        np.concatenate([np.delete(written["a", c.step], 2, axis=0), written["c", c.step]])
+        for c in write_rows.checkpoints
+    ]
+    places = [(0, 0), (0, 1), (0, 3), *((2, i) for i in range(6))]
+
+    def check(found, matrix, start, stop):
+        blocks = [(shard, position, rows.copy()) for shard, position, rows in found]
+        assert [len(rows) for *_, rows in blocks[:-1]] == [4] * (len(blocks) - 1)
+        shard, position, rows = (np.concatenate(column) for column in zip(*blocks, strict=True))
+        assert list(zip(shard.tolist(), position.tolist(), strict=True)) == places[start:stop]
+        np.testing.assert_allclose(rows, matrix[start:stop], rtol=1e-6)
+
+    group = Group(0, tuple(train), "")
+    check(joining.train_rows(join, group), np.hstack(matrices), 0, 9)
+    rooted = [np.sqrt(c.learning_rate) * m for c, m in zip(join.checkpoints, matrices, strict=True)]
+    for start, stop in ((0, 9), (2, 8), (3, 4)):
+        found = joining.scaled_rows(join, group, start, stop)
+        check(found, np.hstack(rooted), start, stop)

@@ -145,7 +145,7 @@ def test_pairs_are_estimated_again_by_whole_embeddings(problem):
         for block, both in parts
     ]
     asked = [(block, both) for _, (block, both) in _flat(blurred, census, join)]
-    found = list(search.estimate(join, census, group, asked))
+    found = list(search.estimate(join, census, asked))
     both = combined(found, 9)
     for rows in both:
         np.testing.assert_allclose(rows.by_checkpoint.sum(axis=1), rows.score)

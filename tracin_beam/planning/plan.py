@@ -158,7 +158,7 @@ def build_memory(rows: int, numbers: int) -> int:
 def product_memory(tests: int, numbers: int) -> int:
     """Bytes that a worker holds while it takes the products of queries with a block of rows."""
     queries = min(tests, search.queries_at_a_time(numbers))
-    block = joining.BLOCK_ROWS
+    block = joining.block_rows(numbers)
     return 4 * (2 * queries * numbers + 3 * block * numbers + 3 * queries * block)
 
 

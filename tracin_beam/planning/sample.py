@@ -99,8 +99,11 @@ def estimates(
     score: Score, rows: Sequence[Embeddings], queries: Sequence[Embeddings]
 ) -> np.ndarray:
     """Scores by embeddings, of examples at every checkpoint: float64 [rows, queries]."""
-    weighted = score.queries([part.embedding.astype(np.float64) for part in queries])
-    return score.estimates(weighted, [part.embedding.astype(np.float64) for part in rows]).T
+    return score.estimates(score.queries(_side_by_side(queries)), _side_by_side(rows)).T
+
+
+def _side_by_side(parts: Sequence[Embeddings]) -> np.ndarray:
+    return np.concatenate([part.embedding.astype(np.float64) for part in parts], axis=1)
 
 
 def self_scores(score: Score, parts: Sequence[Embeddings]) -> np.ndarray:

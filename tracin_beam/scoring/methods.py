@@ -79,43 +79,50 @@ class Score:
         """
         return products.astype(np.float64) * self.weights
 
-    def queries(self, embeddings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Queries to take products with: weight_c T_c e_c, float32 [q, D] for each checkpoint."""
-        return [
-            np.float32(weight) * self.of_embeddings(c, embedding)
-            for c, (weight, embedding) in enumerate(zip(self.weights, embeddings, strict=True))
-        ]
+    @property
+    def roots(self) -> np.ndarray:
+        """√weight_c by checkpoint: float64 [C]; see `query_rows`."""
+        return np.sqrt(self.weights)
 
-    def estimates(
-        self, queries: Sequence[np.ndarray], embeddings: Sequence[np.ndarray]
-    ) -> np.ndarray:
-        """Estimated scores, one matrix product for each checkpoint.
+    def queries(self, rows: np.ndarray) -> np.ndarray:
+        """Queries to take products with, as `estimates` does: weight_c T_c e_c.
+
+        Args:
+          rows: the queries' embeddings, e_c for one checkpoint after the other: float [q, C·D].
+
+        Returns:
+          Of the same shape and type.
+        """
+        return self._transformed(rows, self.weights)
+
+    def estimates(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Estimated scores, by one matrix product.
 
         Args:
           queries: from `queries`.
-          embeddings: of training examples, float32 [n, D] for each checkpoint.
+          rows: the training examples' embeddings, e_c for one checkpoint after the other:
+            float [n, C·D].
 
         Returns:
-          float32 or float64 [q, n], as the arguments are.
+          float [q, n].
         """
-        total = queries[0] @ embeddings[0].T
-        for query, embedding in zip(queries[1:], embeddings[1:], strict=True):
-            total += query @ embedding.T
-        return total
+        return queries @ rows.T
 
-    def rows(self, embeddings: Sequence[np.ndarray]) -> np.ndarray:
-        """√weight_c e_c, one checkpoint after the other: float32 [n, C·D].
+    def query_rows(self, rows: np.ndarray) -> np.ndarray:
+        """√weight_c T_c e_c for one checkpoint after the other: of the shape and type of rows.
 
-        The inner product with a row of `query_rows` is the estimated score; both sides have a
-        share of the weight, so that a further sketch errs least.
+        The inner product with a training example's √weight_c e_c is the estimated score; both sides
+        have a share of the weight, so that a further sketch errs least.
         """
-        roots = np.sqrt(self.weights).astype(np.float32)
-        scaled = [root * part for root, part in zip(roots, embeddings, strict=True)]
+        return self._transformed(rows, self.roots)
+
+    def _transformed(self, rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        parts = np.split(rows, len(scales), axis=1)
+        scaled = [
+            rows.dtype.type(scale) * self.of_embeddings(c, part)
+            for c, (scale, part) in enumerate(zip(scales, parts, strict=True))
+        ]
         return np.concatenate(scaled, axis=1)
-
-    def query_rows(self, embeddings: Sequence[np.ndarray]) -> np.ndarray:
-        """√weight_c T_c e_c, one checkpoint after the other: float32 [q, C·D]."""
-        return self.rows([self.of_embeddings(c, part) for c, part in enumerate(embeddings)])
 
 
 @method("TracInCP")

@@ -20,8 +20,9 @@ import pyarrow as pa
 
 from tracin_beam.errors import InputError
 from tracin_beam.scoring import sketch
+from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Group, Join
-from tracin_beam.storage import embeddings, files, marks, runs, tables
+from tracin_beam.storage import files, marks, runs, tables
 from tracin_beam.storage.runs import Output, ShardResult
 
 _log = logging.getLogger(__name__)
@@ -124,28 +125,6 @@ def pieces(group: Group, index_rows: int) -> list[Piece]:
     return [Piece(group, i, count, cuts[i], cuts[i + 1]) for i in range(count)]
 
 
-def piece_rows(join: Join, piece: Piece) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """A piece's sketched rows: number of the shard, positions, float32 [n, ≤ sketch.DIM]."""
-    first = 0
-    for result in piece.group.shards:
-        start, stop = max(0, piece.start - first), min(result.used, piece.stop - first)
-        first += result.used
-        if start >= stop:
-            continue
-        number = join.train_number[result.shard.path]
-        paths = join.files(runs.TRAIN, result.shard)
-        seen = 0
-        for parts in embeddings.read_checkpoints(paths, result.excluded):
-            some = slice(max(0, start - seen), max(0, stop - seen))
-            seen += len(parts[0])
-            position = parts[0].position[some]
-            if len(position):
-                rows = join.score.rows([part.embedding[some] for part in parts])
-                yield number, position, sketch.sketch(rows)
-            if seen >= stop:
-                break
-
-
 def build(join: Join, piece: Piece) -> Piece:
     """Writes a piece's searcher and the places of its rows, unless they are there."""
     output = join.output
@@ -153,15 +132,13 @@ def build(join: Join, piece: Piece) -> Piece:
     if marks.read(mark, output.root, piece.fingerprint):
         return piece
     earlier = marks.named(mark, output.root)
-    matrix = np.empty((0, 0), np.float32)
+    matrix = np.empty((piece.stop - piece.start, min(join.numbers, sketch.DIM)), np.float32)
     shards, positions, filled = [], [], 0
-    for number, position, rows in piece_rows(join, piece):
-        if not filled:
-            matrix = np.empty((piece.stop - piece.start, rows.shape[1]), np.float32)
-        matrix[filled : filled + len(rows)] = rows
+    for shard, position, rows in joining.scaled_rows(join, piece.group, piece.start, piece.stop):
+        matrix[filled : filled + len(rows)] = sketch.sketch(rows)
         filled += len(rows)
         positions.append(position)
-        shards.append(np.full(len(rows), number, np.int32))
+        shards.append(shard)
     files.remove([mark])
     with tempfile.TemporaryDirectory() as folder:
         searcher(matrix).serialize(folder, relative_path=True)

@@ -7,18 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from tracin_beam.errors import InputError
 from tracin_beam.scoring import methods
 from tracin_beam.scoring.methods import Score
 from tracin_beam.stages.workers import EngineSource
 from tracin_beam.storage import embeddings, runs
-from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.runs import CheckpointFile, Output, Shard, ShardResult
 
 # Up to so many pairs of a training and a test example, all are scored exactly: that costs little
 # more than the candidates would, which are then most of the training set.
 ALL_PAIRS = 2_000_000
-# Training examples that are read at a time.
-BLOCK_ROWS = 4096
+# Training examples that are read at a time, and bytes of their embeddings.
+_BLOCK_ROWS, _BLOCK_BYTES = 4096, 64 << 20
 # Rows of the influence table in one file, at most: they are in memory together when it is made.
 _FILE_ROWS = 200_000
 
@@ -54,6 +54,10 @@ class Join:
     def files(self, set_name: str, shard: Shard) -> list[str]:
         """A shard's embedding files, by checkpoint."""
         return [self.output.embeddings(set_name, c.step, shard) for c in self.checkpoints]
+
+    def of_set(self, set_name: str) -> tuple[Shard, ...]:
+        """The shards of a set."""
+        return self.train if set_name == runs.TRAIN else self.test
 
     @functools.cached_property
     def score(self) -> Score:
@@ -199,48 +203,41 @@ def take_census(
     return dataclasses.replace(counted, sample=sample)
 
 
-def read_queries(
-    join: Join, census: Census, size: int
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+def read_queries(join: Join, census: Census, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All queries' embeddings, at most so many at a time.
 
     Yields:
-      The queries, int64 [n], and their embeddings by checkpoint, float32 [n, D] each.
+      The queries, int64 [n], and their embeddings side by side by checkpoint, float32 [n, C·D],
+      which are overwritten by the next.
     """
-    waiting: list[list[np.ndarray]] = []
-    first = held = 0
-    for result in census.tests:
-        if not result.used:
-            continue
-        paths = join.files(join.test_name, result.shard)
-        for parts in embeddings.read_checkpoints(paths, result.excluded):
-            rows = [part.embedding for part in parts]
-            while len(rows[0]):
-                room = size - held
-                waiting.append([part[:room] for part in rows])
-                held += len(waiting[-1][0])
-                rows = [part[room:] for part in rows]
-                if held == size:
-                    yield np.arange(first, first + held), _joined(waiting)
-                    first, held, waiting = first + held, 0, []
-    if held:
-        yield np.arange(first, first + held), _joined(waiting)
+    first = 0
+    for _, position, rows in _blocks(join, join.test_name, census.tests, size, None):
+        yield np.arange(first, first + len(position)), rows
+        first += len(position)
 
 
-def _joined(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    return [np.concatenate(part) for part in zip(*parts, strict=True)]
-
-
-def queries_at(join: Join, census: Census, queries: np.ndarray) -> list[np.ndarray]:
-    """The embeddings of some queries, by checkpoint, float32 [n, D] each, in their order."""
+def queries_at(join: Join, census: Census, queries: np.ndarray) -> np.ndarray:
+    """The embeddings of some rising queries side by side by checkpoint: float32 [n, C·D]."""
     shard, position = census.places(queries)
-    parts: list[list[np.ndarray]] = []
+    out = np.empty((len(queries), join.numbers), np.float32)
     for number in np.unique(shard):
-        paths = join.files(join.test_name, census.tests[number].shard)
-        mine = position[shard == number]
-        found = [embeddings.read_at(path, mine) for path in paths]
-        parts.append([part.embedding[np.searchsorted(part.position, mine)] for part in found])
-    return _joined(parts)
+        mine = np.flatnonzero(shard == number)
+        read_rows(join, join.test_name, census.tests[number].shard, position[mine], out[mine[0] :])
+    return out
+
+
+def read_rows(
+    join: Join, set_name: str, shard: Shard, positions: np.ndarray, out: np.ndarray
+) -> None:
+    """A shard's embeddings at some rising positions, into the first rows of float32 [n, C·D].
+
+    Raises:
+      InputError: the files lack one of them.
+    """
+    paths = join.files(set_name, shard)
+    reader = embeddings.MatrixReader(paths, only=positions)
+    if not np.array_equal(reader.read(out[: len(positions)]), positions):
+        raise InputError(f"{', '.join(paths)} lack some examples. Delete them and run again.")
 
 
 def by_block(queries: np.ndarray, size: int) -> Iterator[tuple[int, slice]]:
@@ -251,10 +248,76 @@ def by_block(queries: np.ndarray, size: int) -> Iterator[tuple[int, slice]]:
         yield int(block), slice(int(start), int(stop))
 
 
-def train_rows(join: Join, group: Group) -> Iterator[tuple[int, list[Embeddings]]]:
-    """A group's training examples: number of the shard, and embeddings at every checkpoint."""
-    for result in group.shards:
-        number = join.train_number[result.shard.path]
-        paths = join.files(runs.TRAIN, result.shard)
-        for parts in embeddings.read_checkpoints(paths, result.excluded):
-            yield number, parts
+def block_rows(numbers: int) -> int:
+    """Training examples, of so many numbers, that are read at a time."""
+    return max(64, min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * numbers)))
+
+
+def train_rows(join: Join, group: Group) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """A group's training examples, a block at a time.
+
+    Yields:
+      Numbers of their shards, int32 [n], positions, int64 [n], and embeddings side by side by
+      checkpoint, float32 [n, C·D], which are overwritten by the next.
+    """
+    yield from _blocks(join, runs.TRAIN, group.shards, block_rows(join.numbers), None)
+
+
+def scaled_rows(
+    join: Join, group: Group, start: int, stop: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The same of the group's examples from one to another, with √weight_c e_c."""
+    yield from _blocks(
+        join,
+        runs.TRAIN,
+        group.shards,
+        block_rows(join.numbers),
+        join.score.roots,
+        (start, stop),
+    )
+
+
+def _blocks(
+    join: Join,
+    set_name: str,
+    results: Sequence[ShardResult],
+    size: int,
+    scales: np.ndarray | None,
+    part: tuple[int, int] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Usable examples of some shards, so many at a time across shards.
+
+    Args:
+      join, set_name, results: the shards.
+      size: of a block; the last may have fewer.
+      scales: of each checkpoint's embedding.
+      part: which of all these examples to read, first and end; None for all.
+    """
+    numbers = {shard.path: i for i, shard in enumerate(join.of_set(set_name))}
+    given = None if scales is None else scales.tolist()
+    out = np.empty((size, join.numbers), np.float32)
+    shards: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    filled = first = 0
+    for result in results:
+        if not result.used:
+            continue
+        only = None
+        if part is not None:
+            begin, end = max(0, part[0] - first), min(result.used, part[1] - first)
+            first += result.used
+            if begin >= end:
+                continue
+            only = usable(result)[begin:end]
+        reader = embeddings.MatrixReader(
+            join.files(set_name, result.shard), result.excluded, only=only, scales=given
+        )
+        while len(position := reader.read(out[filled:])):
+            shards.append(np.full(len(position), numbers[result.shard.path], np.int32))
+            positions.append(position)
+            filled += len(position)
+            if filled == size:
+                yield np.concatenate(shards), np.concatenate(positions), out
+                shards, positions, filled = [], [], 0
+    if filled:
+        yield np.concatenate(shards), np.concatenate(positions), out[:filled]

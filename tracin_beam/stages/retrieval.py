@@ -79,14 +79,10 @@ def _estimates(join: Join, census: Census, group: Group, places: np.ndarray) -> 
     """float64 [sampled queries, places]."""
     weighted = join.score.queries(joining.queries_at(join, census, census.sample))
     estimates = np.empty((len(census.sample), len(places)))
-    filled = {
-        int(shard): int(first) for shard, first in zip(*np.unique(places[:, 0], True), strict=True)
-    }
-    for shard, parts in joining.train_rows(join, group):
-        found = join.score.estimates(weighted, [part.embedding for part in parts])
-        first = filled[shard]
-        filled[shard] = first + found.shape[1]
-        estimates[:, first : filled[shard]] = found
+    keys = _keys(*places.T)
+    for shard, position, rows in joining.train_rows(join, group):
+        at = np.searchsorted(keys, _keys(shard, position))
+        estimates[:, at] = join.score.estimates(weighted, rows)
     return estimates
 
 

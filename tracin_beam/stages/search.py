@@ -15,7 +15,7 @@ from tracin_beam.scoring.topk import ROLES, SIGNS, Candidates, Scored
 from tracin_beam.stages import index, joining
 from tracin_beam.stages.index import Piece
 from tracin_beam.stages.joining import Census, Group, Join
-from tracin_beam.storage import embeddings, runs
+from tracin_beam.storage import runs
 
 # Both roles' training examples, in the order of ROLES.
 Both = tuple[Candidates, Candidates]
@@ -39,10 +39,8 @@ def by_product(join: Join, census: Census, group: Group, count: int) -> Iterator
     for queries, vectors in joining.read_queries(join, census, size):
         weighted = join.score.queries(vectors)
         ends = topk.Ends(queries, count)
-        for shard, parts in joining.train_rows(join, group):
-            scores = join.score.estimates(weighted, [part.embedding for part in parts])
-            position = parts[0].position
-            ends.add(scores, np.full(len(position), shard, np.int32), position)
+        for shard, position, rows in joining.train_rows(join, group):
+            ends.add(join.score.estimates(weighted, rows), shard, position)
         yield from _blocks(join, [ends.of(role) for role in ROLES])
 
 
@@ -148,38 +146,37 @@ def by_group(
 
 
 def estimate(
-    join: Join, census: Census, group: Group, asked: Sequence[tuple[int, Both]]
+    join: Join, census: Census, asked: Sequence[tuple[int, Both]]
 ) -> Iterator[tuple[int, BothScored]]:
     """Estimated scores of some pairs by whole embeddings, at every checkpoint.
 
     Args:
       join, census: what is joined.
-      group: where the training examples are.
       asked: blocks, and the pairs of their queries.
     """
     wanted = [topk.merge([both[i] for _, both in asked]) for i in range(len(ROLES))]
     places = topk.merge(wanted)
     shards, queries = np.unique(places.shard), np.unique(places.query)
+    checkpoints = len(join.checkpoints)
     weighted = join.score.queries(joining.queries_at(join, census, queries))
-    results = {join.train_number[r.shard.path]: r for r in group.shards}
-    terms = [np.empty((len(rows.query), len(weighted))) for rows in wanted]
+    terms = [np.empty((len(rows.query), checkpoints)) for rows in wanted]
+    step = max(1, _PAIR_BYTES // (8 * join.numbers))
     for shard in shards:
         needed = np.unique(places.position[places.shard == shard])
-        paths = join.files(runs.TRAIN, results[int(shard)].shard)
-        for c, path in enumerate(paths):
-            part = embeddings.read_at(path, needed)
-            for rows, out in zip(wanted, terms, strict=True):
-                mine = np.flatnonzero(rows.shard == shard)
-                at = np.searchsorted(part.position, rows.position[mine])
-                column = np.searchsorted(queries, rows.query[mine])
-                step = max(1, _PAIR_BYTES // (4 * part.embedding.shape[1]))
-                for start in range(0, len(mine), step):
-                    some = slice(start, start + step)
-                    out[mine[some], c] = np.einsum(
-                        "ij,ij->i",
-                        part.embedding[at[some]].astype(np.float64),
-                        weighted[c][column[some]].astype(np.float64),
-                    )
+        matrix = np.empty((len(needed), join.numbers), np.float32)
+        joining.read_rows(join, runs.TRAIN, join.train[shard], needed, matrix)
+        for rows, out in zip(wanted, terms, strict=True):
+            mine = np.flatnonzero(rows.shard == shard)
+            for start in range(0, len(mine), step):
+                some = mine[start : start + step]
+                own = matrix[np.searchsorted(needed, rows.position[some])]
+                other = weighted[np.searchsorted(queries, rows.query[some])]
+                shape = (len(some), checkpoints, -1)
+                out[some] = np.einsum(
+                    "icd,icd->ic",
+                    own.reshape(shape).astype(np.float64),
+                    other.reshape(shape).astype(np.float64),
+                )
     scored = [
         Scored(*rows[:3], own.sum(axis=1), own) for rows, own in zip(wanted, terms, strict=True)
     ]
@@ -197,5 +194,4 @@ class Estimate(beam.DoFn):
     def process(
         self, pair: tuple[int, Iterable[tuple[int, tuple]]], census: Census
     ) -> Iterator[tuple[int, BothScored]]:
-        number, asked = pair
-        yield from estimate(self._join, census, census.groups[number], list(asked))
+        yield from estimate(self._join, census, list(pair[1]))

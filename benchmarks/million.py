@@ -1,0 +1,152 @@
+"""A run of a million examples from shards to tables, in one go, by the layout of its shards.
+
+    python million.py [--examples 1000000] [--layout 100 1 5000]
+
+A small MLP on 64 inputs, three checkpoints, `--dim` 256, 200 test examples; the training set lies
+in a hundred shards, in one, and in five thousand. Each job is a process of its own. "over" is what
+the run took beside its stages: to start, to check the input, and to end.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+TASK = """
+import keras
+import tracin_beam
+
+
+def build_model():
+    return keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+task = tracin_beam.Task(
+    build_model,
+    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    tracin_beam.Parser(features=((64,), "float32"), label=((), "int64")),
+)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=1_000_000)
+    parser.add_argument("--tests", type=int, default=200)
+    parser.add_argument("--layout", type=int, nargs="+", default=[100, 1, 5_000], help="shards")
+    parser.add_argument("--job", nargs="+", default=["influence", "self_influence"])
+    parser.add_argument("--flags", default="", help="more flags for the jobs")
+    parser.add_argument("--show", action="store_true", help="also print what the jobs say")
+    arguments = parser.parse_args()
+    print("| shards | job | seconds | by stage | peak MB |\n|---|---|---|---|---|")
+    for shards in arguments.layout:
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            prepare(folder, arguments.examples, arguments.tests, shards)
+            for what in arguments.job:
+                for again in ("", ", nothing new"):
+                    flags = arguments.flags.split()
+                    seconds, peak, said = run(folder, what, flags)
+                    if arguments.show:
+                        print(said, file=sys.stderr)
+                    print(
+                        f"| {shards:,} | {what}{again} | {seconds:.1f} | "
+                        f"{'' if again else stages(folder, said)} | {peak:,.0f} |",
+                        flush=True,
+                    )
+
+
+def prepare(folder: pathlib.Path, examples: int, tests: int, shards: int) -> None:
+    """Writes the task, the shards and the checkpoints of a model trained on some of it."""
+    import keras
+
+    import tracin_beam
+
+    (folder / "million_task.py").write_text(TASK)
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(10, 64)).astype("float32")
+    y = rng.integers(0, 10, examples + tests)
+    x = centres[y] + 1.5 * rng.standard_normal((examples + tests, 64), np.float32)
+    for part, rows, count in (
+        ("train", slice(0, examples), shards),
+        ("test", slice(examples, None), 1),
+    ):
+        columns = {"features": x[rows], "label": y[rows]}
+        tracin_beam.write_shards(columns, f"{folder}/{part}-*.tfrecord", shards=count)
+    sys.path.insert(0, str(folder))
+    sys.modules.pop("million_task", None)
+    import million_task
+
+    model = million_task.build_model()
+    model.compile(keras.optimizers.SGD(0.1), million_task.task.loss)
+    callbacks = [tracin_beam.TracInCheckpoint(f"{folder}/checkpoints")]
+    some = min(examples, 20_000)
+    model.fit(x[:some], y[:some], batch_size=128, epochs=3, verbose=0, callbacks=callbacks)
+    sys.path.remove(str(folder))
+
+
+def run(folder: pathlib.Path, stage: str, flags: list[str]) -> tuple[float, float, str]:
+    """Seconds of a job, megabytes of its process at most, and what it said."""
+    command = [
+        sys.executable,
+        "-m",
+        f"pipelines.{stage}",
+        f"--task={folder}/million_task.py:task",
+        f"--checkpoints={folder}/checkpoints",
+        f"--train={folder}/train-*.tfrecord",
+        f"--output={folder}/out",
+        "--dim=256",
+        *([f"--test={folder}/test-*.tfrecord"] if stage == "influence" else []),
+        *flags,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    if status:
+        sys.exit(text[-5000:])
+    return seconds, usage.ru_maxrss / 1024, text
+
+
+def stages(folder: pathlib.Path, said: str) -> str:
+    """When each kind of line of the log was last said, as seconds since the one before."""
+    state = json.loads((folder / "out" / "run.json").read_text())
+    found: dict[str, int] = {}
+    first = 0
+    for hours, minutes, seconds, verb in re.findall(r"(?m)^(\d\d):(\d\d):(\d\d) (\w+)", said):
+        at = int(hours) * 3600 + int(minutes) * 60 + int(seconds)
+        first = first or at
+        found.pop(verb, None)
+        found[verb] = at
+    parts, before = [], first
+    for verb, at in found.items():
+        parts.append(f"{verb} {at - before} s")
+        before = at
+    seconds = state.get("timings", {})
+    whole = ", ".join(f"{name} {entry['seconds']} s in all" for name, entry in seconds.items())
+    return f"{', '.join(parts)}; {whole}"
+
+
+if __name__ == "__main__":
+    main()
