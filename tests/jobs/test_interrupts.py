@@ -73,3 +73,10 @@ def test_handlers_are_put_back():
     with interrupts.handled("x"):
         assert signal.getsignal(signal.SIGINT) != earlier[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == earlier
+
+
+def test_processes_that_it_has_started_end_too():
+    program = "import time; time.sleep(300)"
+    shell = subprocess.Popen(f"{sys.executable} -c '{program}'; true", shell=True)
+    interrupts._kill_workers()
+    assert shell.wait(60) == -signal.SIGKILL

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import tiny as t
 
 from tracin_beam.stages import progress
 
@@ -98,3 +99,25 @@ def test_seconds_are_spelt_out():
         "10 min",
         "2.0 h",
     ]
+
+
+def test_a_job_says_how_far_it_is_inside_a_shard(tmp_path, launch, monkeypatch):
+    job = t.Tiny(tmp_path, launch).write_all(train=1, test=0)
+    said = []
+    add = progress.Piece.add
+
+    def spy(self, examples, size):
+        add(self, examples, size)
+        said.extend((part.part, part.examples, part.share) for part in progress.read())
+
+    monkeypatch.setattr(progress.Piece, "add", spy)
+    assert job.run("embed", test=None, batch_size=2) == 0
+    assert [(part, examples) for part, examples, _ in said[:3]] == [
+        ("embedding", 2),
+        ("embedding", 4),
+        ("embedding", 6),
+    ]
+    shares = [share for *_, share in said]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.2
+    assert shares[-1] == pytest.approx(1, abs=0.2)

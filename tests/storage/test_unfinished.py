@@ -44,11 +44,33 @@ def test_unfinished_files_are_discarded(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
     with unfinished.temporary_folder():
         folder = tempfile.gettempdir()
-        unfinished.discard()
+        unfinished.discard(files.remove)
         assert not os.path.exists(folder)
     assert not list(tmp_path.iterdir())
     with pytest.raises(InterruptedError), files.atomic_write(str(tmp_path / "y")):
         pass  # no further file is begun
     end.set()
     writer.join()
+    assert not list(tmp_path.iterdir())
+
+
+CHILD = """
+import sys, time
+from tracin_beam.storage import files
+with files.atomic_write(sys.argv[1]) as handle:
+    print("half", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_those_of_worker_processes_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(unfinished, "_stopped", threading.Event())
+    with unfinished.temporary_folder():
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "x")]
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert worker.stdout.readline() == b"half\n"
+        worker.kill()
+        worker.communicate()
+        assert len(list(tmp_path.iterdir())) == 1
+        unfinished.discard(files.remove)
     assert not list(tmp_path.iterdir())

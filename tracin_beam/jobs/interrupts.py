@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: one line, nothing left half done, and the signal's exit status."""
 
 import contextlib
+import glob
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from tracin_beam.storage import unfinished
+from tracin_beam.storage import files, unfinished
 
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _last_words: list[Callable[[], None]] = []
@@ -32,7 +33,8 @@ def handled(prog: str) -> Iterator[None]:
         for say in _last_words:
             with contextlib.suppress(Exception):
                 say()
-        unfinished.discard()
+        _kill_workers()
+        unfinished.discard(files.remove)
         # The stream may be in use by the very code that was interrupted.
         said = f"{prog}: stopped by {_SIGNALS[signal.Signals(number)]}; the same command goes on.\n"
         with contextlib.suppress(Exception):
@@ -46,6 +48,22 @@ def handled(prog: str) -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _kill_workers() -> None:
+    """Ends the processes that this one has started, and those of these, where /proc tells."""
+    children: dict[int, list[int]] = {}
+    for stat in glob.glob("/proc/[0-9]*/stat"):
+        with contextlib.suppress(OSError), open(stat) as handle:
+            # The name before it, in brackets, may hold anything.
+            parent = int(handle.read().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.split("/")[2]))
+    found = [os.getpid()]
+    for parent in found:
+        found += children.get(parent, [])
+    for child in found[1:]:
+        with contextlib.suppress(OSError):
+            os.kill(child, signal.SIGKILL)
 
 
 @contextlib.contextmanager

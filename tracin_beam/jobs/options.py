@@ -102,8 +102,9 @@ def parse(argv: Sequence[str], job: Job, prog: str = "") -> tuple[Config, Pipeli
     config = Config(**values)
     config_flags.check(config, job.needs)
     _check_unknown(rest, ours)
-    if not any(flag.split("=")[0] == "--runner" for flag in rest):
-        # Local, in this process, on all cores with one copy of the model.
+    if _runner_of(rest) in ("", "DirectRunner", "SwitchingDirectRunner"):
+        # Local, in this process, on all cores with one copy of the model. Beam's DirectRunner is
+        # this one, unless it can download Prism, which is open to other machines.
         rest += ["--runner=FnApiRunner"]
         if not any(flag.startswith("--direct_") for flag in rest):
             rest += ["--direct_running_mode=multi_threading", "--direct_num_workers=0"]
@@ -174,17 +175,23 @@ def _check_unknown(rest: Sequence[str], names: Sequence[str]) -> None:
         before = word
 
 
-def _check_runner(rest: Sequence[str]) -> None:
+def _runner_of(rest: Sequence[str]) -> str:
+    """The runner that is asked for; empty if none is."""
     known, _ = _beams_parser().parse_known_args(rest)
-    if "dataflow" in (known.runner or "").lower():
+    return known.runner or ""
+
+
+def _check_runner(rest: Sequence[str]) -> None:
+    runner = _runner_of(rest)
+    if "dataflow" in runner.lower():
         return  # which may not be installed, and is checked with its other needs
     try:
-        create_runner(known.runner)
+        create_runner(runner)
     except (ValueError, ImportError, AttributeError) as error:
         # Those that are for running jobs; the others are for Beam's own tests and notebooks.
         shown = "FnApiRunner, PrismRunner, FlinkRunner, SparkRunner, PortableRunner, DataflowRunner"
         raise InputError(
-            f"--runner={known.runner} is not known: take one of {shown}, or leave it out to run on "
+            f"--runner={runner} is not known: take one of {shown}, or leave it out to run on "
             "this machine."
         ) from error
 

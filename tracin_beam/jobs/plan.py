@@ -13,6 +13,7 @@ from tracin_beam.config import Config
 from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.preflight import Found
 from tracin_beam.jobs.registry import JOBS, Job, installed_as
+from tracin_beam.stages import progress
 from tracin_beam.storage import runs
 from tracin_beam.storage.runs import Shard, Unit
 
@@ -63,7 +64,8 @@ def _print(job: Job, argv: Sequence[str], prog: str) -> int:
     config, beam_options = options.parse(argv, job, prog)
     launch.set_up_logging()
     FileSystems.set_options(beam_options)
-    planned = make(config)
+    with progress.reported(progress.as_lines):
+        planned = make(config)
     print(json.dumps(as_json(planned), indent=1) if config.json else as_text(planned))
     return 0
 

@@ -154,18 +154,18 @@ def read() -> list[Progress]:
 
 @contextlib.contextmanager
 def reported(
-    show: Callable[[Sequence[Progress], float], None], seconds: float = SECONDS
+    show: Callable[[Sequence[Progress], float], None], seconds: float | None = None
 ) -> Iterator[None]:
     """Within it the progress of a job in this process is shown at intervals; it starts anew.
 
     Args:
       show: takes what `read` gives, which is empty while something is done that is not counted, and
         the seconds since the start. It is called in a thread of its own.
-      seconds: between two calls.
+      seconds: between two calls; a few, if not given.
     """
     with _lock:
         _parts.clear()
-    end = _start(show, seconds)
+    end = _start(show, seconds or SECONDS)
     try:
         yield
     finally:

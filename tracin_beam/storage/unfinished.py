@@ -1,17 +1,21 @@
 """What a process must not leave behind: unfinished files and its temporary folder."""
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 
 _lock = threading.Lock()
 _removers: dict[str, Callable[[], None]] = {}
 _stopped = threading.Event()
 _folders: list[str] = []
+# Where worker processes of this machine write down what they have begun, for the one that ends all.
+_NOTES = "TRACIN_UNFINISHED"
 
 
 @contextlib.contextmanager
@@ -22,10 +26,28 @@ def file(path: str, remove: Callable[[], None]) -> Iterator[None]:
     try:
         if _stopped.is_set():
             raise InterruptedError(f"{path}: this process is about to end")
-        yield
+        with _noted(path):
+            yield
     finally:
         with _lock:
             _removers.pop(path, None)
+
+
+@contextlib.contextmanager
+def _noted(path: str) -> Iterator[None]:
+    """Within it a note says of a worker process that it has the file."""
+    folder = os.environ.get(_NOTES, "")
+    if folder in ("", *_folders) or not os.path.isdir(folder):
+        yield  # this process ends by itself what it has begun
+        return
+    note = os.path.join(folder, f"unfinished-{uuid.uuid4().hex}")
+    with open(note, "w", encoding="utf-8") as handle:
+        handle.write(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(note)
 
 
 @contextlib.contextmanager
@@ -37,34 +59,36 @@ def temporary_folder() -> Iterator[None]:
     Raises:
       OSError: there is no place for it.
     """
-    earlier = tempfile.tempdir, os.environ.get("TMPDIR")
+    earlier = tempfile.tempdir, {name: os.environ.get(name) for name in ("TMPDIR", _NOTES)}
     folder = tempfile.mkdtemp(prefix="tracin-")
     _folders.append(folder)
-    tempfile.tempdir = os.environ["TMPDIR"] = folder
+    tempfile.tempdir = os.environ["TMPDIR"] = os.environ[_NOTES] = folder
     try:
         yield
     finally:
         tempfile.tempdir = earlier[0]
-        os.environ.pop("TMPDIR")
-        if earlier[1] is not None:
-            os.environ["TMPDIR"] = earlier[1]
+        for name, value in earlier[1].items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
         _folders.remove(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def discard(seconds: float = 1.0) -> None:
+def discard(remove: Callable[[Iterable[str]], None], seconds: float = 1.0) -> None:
     """Removes all of it, for a process that ends now; no further file is begun.
 
     Args:
+      remove: removes files that ended worker processes of this machine have left.
       seconds: how long it may take; a remote file system may need longer, and then leaves some.
     """
     _stopped.set()
-    work = threading.Thread(target=_discard, daemon=True)
+    work = threading.Thread(target=_discard, args=(remove,), daemon=True)
     work.start()
     work.join(seconds)
 
 
-def _discard() -> None:
+def _discard(remove_files: Callable[[Iterable[str]], None]) -> None:
     # Twice, as another thread may be about to make what it has said it would.
     for pause in (0.05, 0.0):
         with _lock:
@@ -73,5 +97,8 @@ def _discard() -> None:
             with contextlib.suppress(Exception):
                 remove()
         for folder in _folders:
+            for note in glob.glob(os.path.join(folder, "unfinished-*")):
+                with contextlib.suppress(Exception), open(note, encoding="utf-8") as handle:
+                    remove_files([handle.read()])
             shutil.rmtree(folder, ignore_errors=True)
         time.sleep(pause)
