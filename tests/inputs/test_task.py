@@ -387,3 +387,9 @@ def test_another_keras_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
     with pytest.raises(InputError, match="TF_USE_LEGACY_KERAS chooses Keras 2"):
         load_task(spec)
+
+
+def test_names_of_labels_are_lines():
+    assert Task(len, "mse", len, label_names=["cat", "dog"]).label_names == ["cat", "dog"]
+    with pytest.raises(InputError, match=r"'a\\nb' is more than one line"):
+        Task(len, "mse", len, label_names=["cat", "a\nb"])

@@ -424,3 +424,13 @@ def test_wrong_ones_come_first_by_their_threshold():
         "test-0",
         "test-2",
     ]
+
+
+def test_long_ids_are_cut_and_stay_on_one_line():
+    assert view.shown("a\nb\u2028c") == r"a\nb\u2028c"
+    assert view.shown(b"\xff") != view.shown(b"\\xff")
+    assert view.shown("x" * view.LONGEST_NAME) == "x" * view.LONGEST_NAME
+    text = view.shown("a" * 500_000 + "b" * 500_000)
+    assert len(text) < 200
+    assert text.startswith("aaa")
+    assert text.endswith("bbb (1,000,000 characters)")

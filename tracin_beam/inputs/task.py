@@ -70,6 +70,9 @@ class Task:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise InputError(f"Task(kind={self.kind!r}): take one of {', '.join(KINDS)}.")
+        for name in self.label_names or ():
+            if isinstance(name, str) and len(name.splitlines()) > 1:
+                raise InputError(f"Task(label_names=…): {name!r:.100} is more than one line.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tracin_beam.storage import tables
+
 Place = tuple[str, int]  # (shard, position): where an example stands in the data
 
+LONGEST_NAME = 200  # characters of an id or a label on a page
 _BIDI_CONTROLS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -94,7 +97,7 @@ def explanations(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Expla
         def of(role: str) -> tuple[Influence, ...]:
             return tuple(
                 Influence(
-                    id=printable(row["train_id"]),
+                    id=shown(row["train_id"]),
                     place=(row["train_shard"], row["train_position"]),
                     label=read.label(row["train_label"]),
                     label_differs=read.classes and _differ(row["train_label"], row["test_label"]),
@@ -107,7 +110,7 @@ def explanations(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Expla
             )
 
         return Explanation(
-            id=printable(first["test_id"]),
+            id=shown(first["test_id"]),
             place=place,
             label=read.label(first["test_label"]),
             prediction=read.prediction(first["test_prediction"]),
@@ -171,9 +174,18 @@ def number(value: float, *, sign: bool = False) -> str:
     return f"{value:{plus},.{decimals}f}"
 
 
+def shown(value: Any) -> str:
+    """An id or a label on one line, cut in its middle where it is very long."""
+    text = tables.text(value) if isinstance(value, bytes) else str(value)
+    if len(text) > LONGEST_NAME:
+        head, tail = text[: LONGEST_NAME // 2], text[-LONGEST_NAME // 4 :]
+        text = f"{head} … {tail} ({len(text):,} characters)"
+    return printable(text)
+
+
 def printable(value: Any) -> str:
-    r"""Any id or label as text, its control and bidirectional characters as \x1b, \u202e …"""
-    text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+    r"""Anything as text, its control and bidirectional characters as \x1b, \u202e …"""
+    text = tables.text(value) if isinstance(value, bytes) else str(value)
     return "".join(
         character.encode("unicode_escape").decode("ascii")
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
@@ -234,7 +246,7 @@ def _named(value: float | None, label_names: Sequence[str] | None) -> str:
         return "unknown"
     if float(value).is_integer():
         if label_names is not None and 0 <= value < len(label_names):
-            return printable(label_names[int(value)])
+            return shown(label_names[int(value)])
         return str(int(value))
     return number(value)
 

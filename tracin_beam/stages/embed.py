@@ -18,11 +18,13 @@ from tracin_beam.inputs import formats
 from tracin_beam.stages import progress
 from tracin_beam.stages.metrics import Counters, Tally
 from tracin_beam.stages.workers import EngineSource, Loaded
-from tracin_beam.storage import embeddings, files, records, runs
+from tracin_beam.storage import embeddings, files, records, runs, tables
 from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.runs import CheckpointFile, Output, ShardResult, Unit, UnitResult
 
 _log = logging.getLogger(__name__)
+
+_LONGEST_ID = 200  # bytes of one in a message
 
 T = TypeVar("T")
 
@@ -411,7 +413,7 @@ def _duplicates(group: tuple[Any, Iterable[tuple[str, int]]]) -> Iterator[tuple[
     first, *others = sorted(places)
     for path, position in others:
         why = (
-            f"duplicate id {bytes(identity).decode(errors='backslashreplace')!r}: "
+            f"duplicate id {tables.text(bytes(identity)[:_LONGEST_ID])!r}: "
             f"record {first[1]} of {first[0]} has it"
         )
         yield (set_name, path), (position, why)

@@ -1,6 +1,7 @@
 """Arrow schemas of the tables, and Parquet files on any file system."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,8 +76,21 @@ def read_folder(folder: str, columns: Sequence[str] | None = None, filters: Any 
 
 
 def text(value: Any) -> str:
-    """An id as text; bytes that are no UTF-8 are shown as escapes."""
-    return bytes(value).decode("utf-8", errors="backslashreplace")
+    r"""An id as text, another one for every other id.
+
+    Bytes that are no UTF-8 become \xff and the like. Backslashes before such bytes are doubled, and
+    those before characters that look like such an escape.
+    """
+    found = bytes(value).decode("utf-8", errors="surrogateescape")
+    if "\\" in found:
+        found = _ESCAPE_LIKE.sub(lambda match: 2 * match.group(), found)
+    if found.isascii():
+        return found
+    return _BYTES.sub(lambda match: f"\\x{ord(match.group()) - 0xDC00:02x}", found)
+
+
+_ESCAPE_LIKE = re.compile("\\\\+(?=x[0-9a-f]{2}|[\udc80-\udcff])")
+_BYTES = re.compile("[\udc80-\udcff]")
 
 
 def number(value: float) -> float | None:
