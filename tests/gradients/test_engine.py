@@ -279,3 +279,20 @@ def test_variables_outside_the_model_must_be_the_same_in_each_process(initialize
     else:
         with pytest.raises(InputError, match=r"not among its own.*kernel:0 \(5, 4\)"):
             engine.check_repeatable()
+
+
+def test_checkpoints_in_memory_are_bounded(tmp_path, monkeypatch):
+    engine, _, values = make()
+    size = sum(int(tf.size(v)) * v.dtype.size for v in values)
+    monkeypatch.setattr("tracin_beam.gradients.engine._VALUES_BYTES", 3 * size)
+    paths = [str(tmp_path / f"{number}.weights.h5") for number in range(5)]
+    for number, path in enumerate(paths):
+        engine.model.set_weights([np.full(v.shape, number, np.float32) for v in values])
+        engine.model.save_weights(path)
+    kept = [engine.values(path) for path in paths]
+    assert len(engine._cache) == 3
+    assert all(engine.values(path) is one for path, one in zip(paths[2:], kept[2:], strict=True))
+    again = engine.values(paths[0])
+    assert again is not kept[0]
+    for ours, theirs in zip(again, kept[0], strict=True):
+        np.testing.assert_array_equal(ours, theirs)

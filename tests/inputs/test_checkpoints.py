@@ -1,9 +1,11 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import h5py
 import keras
@@ -210,7 +212,7 @@ def test_files_that_cannot_be_checkpoints(tmp_path, uncompiled):
     with pytest.raises(InputError, match="No file matches"):
         read_checkpoints(str(tmp_path / "*.weights.h5"), 0.1)
     (tmp_path / "model.h5").touch()
-    with pytest.raises(InputError, match=r"model\.h5 is an HDF5 file of an older kind"):
+    with pytest.raises(InputError, match=r"model\.h5 is an HDF5 file of another kind"):
         read_checkpoints(str(tmp_path / "*"), 0.1)
     (tmp_path / "model.weights.h5").write_bytes(b"text")
     with pytest.raises(InputError, match=r"model\.weights\.h5 cannot be read"):
@@ -296,6 +298,9 @@ def stages(tmp_path):
 
 def test_stages_of_training_are_taken_in_the_order_of_a_list(tmp_path):
     paths = stages(tmp_path)
+    shutil.copy(paths[1], tmp_path / "copy.weights.h5")
+    with pytest.raises(InputError, match=r"copy\.weights\.h5 hold the same weights"):
+        read_checkpoints(f"{paths[0]},{paths[1]},{tmp_path}/copy.weights.h5", 0.1)
     with pytest.raises(InputError, match=r"contradict the files' names: s2-e1.* list in training"):
         read_checkpoints(str(tmp_path / "s*.weights.h5"), [0.5, 0.5, 0.25, 0.25])
     found = read_checkpoints(",".join(paths), [0.5, 0.5, 0.25, 0.25])
@@ -335,6 +340,8 @@ def old_kinds(model, folder):
     with h5py.File(folder / "weights.hdf5", "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, model)
     yield f"{folder}/weights.hdf5"
+    model.save_weights(folder / "shards.weights.json", max_shard_size=1e-6)
+    yield f"{folder}/shards.weights.json"
     prefix = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "tf" / "c")
     yield from (prefix, f"{prefix}.index", f"{folder}/tf/c-*")
     model.export(folder / "exported", verbose=False)
@@ -346,13 +353,13 @@ def test_older_kinds_are_named_with_the_lines_that_convert_them(tmp_path):
     fit(trained, epochs=1)
     for number, spec in enumerate(old_kinds(trained, tmp_path)):
         with pytest.raises(
-            InputError, match=r"of an older kind|tf\.train\.Checkpoint|SavedModel"
+            InputError, match=r"of another kind|tf\.train\.Checkpoint|SavedModel"
         ) as raised:
             read_checkpoints(spec, 0.1)
         lines = [line[4:] for line in str(raised.value).splitlines() if line.startswith("    ")]
         assert len(lines) == 2, raised.value
         exec("\n".join(lines), {"tf": tf, "model": build()})
-        [written] = set(tmp_path.rglob("*.weights.h5"))
+        written = Path(lines[1].split("'")[1])
         model = build()
         load_weights(model, str(read_checkpoints(str(written), 0.1)[0].path))
         np.testing.assert_array_equal(model(X), trained(X), err_msg=str(number))

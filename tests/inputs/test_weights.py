@@ -124,6 +124,23 @@ def test_two_weights_of_one_shape_in_a_layer(tmp_path):
     assert read_notes(path) == {}
 
 
+def test_weights_that_were_frozen_in_training_are_told(tmp_path, caplog):
+    model = branches([0, 1])
+    model.get_layer("query").trainable = False
+    path = str(tmp_path / "m.weights.h5")
+    weights.save(model, path, {})
+    load(model, path)
+    assert not caplog.text
+    loader = WeightsLoader(branches([1, 0]))
+    loader.load(path)
+    assert "frozen in the training" in caplog.text
+    assert "query/kernel" in caplog.text
+    assert "key/kernel" not in caplog.text
+    caplog.clear()
+    loader.load(path)
+    assert not caplog.text
+
+
 class Hidden(L.Layer):
     """Sublayers where Keras does not look for what it saves."""
 

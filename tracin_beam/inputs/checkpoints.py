@@ -227,6 +227,9 @@ def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> lis
             paths.sort(key=_natural_key)
         steps = _steps_in_names(paths) or list(range(1, len(paths) + 1))
     elif listed:
+        for (one, before), (other, after) in itertools.pairwise(zip(paths, steps, strict=True)):
+            if before == after and _same_weights(one, other):
+                raise InputError(f"{one} and {other} hold the same weights: leave one out")
         steps = _counted_on(steps)
     else:
         by_path = dict(zip(paths, steps, strict=True))
@@ -249,6 +252,20 @@ def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> lis
             MODEL,
         )
     return checkpoints
+
+
+def _same_weights(one: str, other: str) -> bool:
+    import h5py
+
+    with _open_weights(one) as first, _open_weights(other) as second:
+        names: list[str] = []
+        first.visititems(
+            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
+        )
+        of_model = [name for name in names if not name.startswith("optimizer/")]
+        return all(
+            name in second and (first[name][()] == second[name][()]).all() for name in of_model
+        )
 
 
 def _counted_on(steps: Sequence[int]) -> list[int]:
@@ -315,9 +332,11 @@ def _other_kind(path: str) -> str | None:
             f"{path} belongs to checkpoints of tf.train.Checkpoint: give the path of one of them "
             "(a file that ends in .index), to be told how to make a weights file of it"
         )
-    if folder.endswith((".h5", ".hdf5")):
+    if folder.endswith((".h5", ".hdf5", ".weights.json")):
         load = f"model.load_weights({folder!r})"
-        return _convert(path, "an HDF5 file of an older kind", load, re.sub(r"\.\w+$", "", folder))
+        kind = "one of several files" if folder.endswith(".json") else "an HDF5 file"
+        stem = re.sub(r"(\.weights)?\.\w+$", "", folder)
+        return _convert(path, f"{kind} of another kind", load, stem)
     return None
 
 

@@ -209,7 +209,9 @@ def save(model: keras.Model, path: str, notes: Mapping[str, Any]) -> None:
             for place, group in _record(model).items():
                 for key, value in group.values.items():
                     if isinstance(value, keras.Variable):
-                        file[_dataset(place, key)].attrs["name"] = value.name
+                        attributes = file[_dataset(place, key)].attrs
+                        attributes["name"] = value.name
+                        attributes["trainable"] = bool(value.trainable)
             file.attrs[NOTES] = json.dumps(notes)
         files.upload(local, path)
 
@@ -485,6 +487,7 @@ class WeightsLoader:
                 found = sources.get(place, {})
                 return _Arrays(found, lambda key: _read(found[key]))
 
+            self._tell_frozen(sources, path)
             self._load(arrays)
         self._check_numbers(path)
         self._check_state(path)
@@ -548,6 +551,25 @@ class WeightsLoader:
                 first_ten(sorted(renamed)),
             )
         return sources
+
+    def _tell_frozen(self, sources: Mapping[str, Mapping[str, h5py.Dataset]], path: str) -> None:
+        """Says once which weights count, though they were frozen when a checkpoint was saved."""
+        trained = {id(v) for v in self._model.trainable_variables}
+        frozen = {
+            value.path
+            for place, group in self._own.items()
+            for key, value in group.values.items()
+            if id(value) in trained and not sources[place][key].attrs.get("trainable", True)
+        }
+        if news := sorted(frozen - self._told):
+            self._told |= frozen
+            _log.warning(
+                "Weights that were frozen in the training up to %s count there, as they are "
+                "trainable in the task's model: %s. To leave them out of all checkpoints, freeze "
+                "them there or choose --layers",
+                path,
+                first_ten(news),
+            )
 
     def _check_numbers(self, path: str) -> None:
         trained = {id(v) for v in self._model.trainable_variables}
