@@ -40,7 +40,7 @@ class FinishedRun:
       >>> run = tracin_beam.open(example_output)
       >>> run.self_influence().table("arrow").num_rows
       24
-      >>> run.explain("test-0-0").table("arrow")["role"].unique().to_pylist()
+      >>> run.explain("test0.0").table("arrow")["role"].unique().to_pylist()
       ['proponent', 'opponent']
     """
 
@@ -286,7 +286,7 @@ def influence(
       >>> import tracin_beam
       >>> result = tracin_beam.influence(**example_inputs, test=example_test, progress=False)
       >>> result.table("arrow", columns=["test_id", "role"]).num_rows
-      120
+      160
     """
     inputs = {"checkpoints": checkpoints, "train": train, "test": test, "output": output}
     run, note = _run("influence", task, {**inputs, **flags}, options, progress)

@@ -11,7 +11,17 @@ MARK = "tracin-beam error: "
 
 
 class InputError(ValueError):
-    """An input that the user can mend. The message says what, where, and what to do."""
+    """An input that the user can mend. The message says what, where, and what to do.
+
+    Example:
+
+      >>> import tracin_beam
+      >>> try:
+      ...     tracin_beam.open("nowhere")
+      ... except tracin_beam.InputError as error:
+      ...     print(error)
+      There is no run.json in nowhere: no run has written there.
+    """
 
     # Beam adds a worker's step to the message of errors that do not say this of themselves.
     _tagged_with_step = True

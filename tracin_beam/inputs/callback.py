@@ -36,10 +36,15 @@ def save_checkpoint(
     Writes `<directory>/<step>.weights.h5` and then lists it in `<directory>/checkpoints.json`, as
     `TracInCheckpoint` does. Both appear whole or not at all. No file is ever overwritten.
 
-        for step, (x, y) in enumerate(batches, start=1):
-            train(x, y)
-            if step % 1000 == 0:
-                save_checkpoint("ckpts", model, step, optimizer.learning_rate)
+    Example:
+
+        >>> import keras, tracin_beam
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> for step in range(1, 2001):  # in each of which the model is trained on a batch
+        ...     if step % 1000 == 0:
+        ...         path = tracin_beam.save_checkpoint("own", model, step, learning_rate=0.1)
+        >>> path
+        'own/00002000.weights.h5'
 
     Args:
         directory: a path on any file system that Beam knows.
@@ -124,6 +129,18 @@ class TracInCheckpoint(keras.callbacks.Callback):
     belong to a training that was given up, are left out of it. No file is ever overwritten.
 
     Put it first in the list of callbacks, before any that swaps averaged weights in.
+
+    Example:
+
+        >>> import keras, numpy as np, tracin_beam
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> model.compile(keras.optimizers.SGD(0.1), "mse")
+        >>> saving = tracin_beam.TracInCheckpoint("ckpts")
+        >>> x, y = np.zeros((8, 4)), np.zeros((8, 1))
+        >>> _ = model.fit(x, y, epochs=2, batch_size=4, verbose=0, callbacks=[saving])
+        >>> import os
+        >>> sorted(os.listdir("ckpts"))
+        ['00000002.weights.h5', '00000004.weights.h5', 'checkpoints.json']
 
     Args:
         directory: a path on any file system that Beam knows.

@@ -41,6 +41,12 @@ class Parser:
 
     Raises:
         InputError: a field is not made of such pairs.
+
+    Example:
+
+        >>> import tracin_beam
+        >>> tracin_beam.Parser(features=((28, 28, 1), "float32"), label=((), "int64"))
+        Parser(features=((28, 28, 1), 'float32'), label=((), 'int64'))
     """
 
     features: Any
@@ -130,6 +136,13 @@ def write_shards(
         InputError: there are no examples or no features, lengths or shapes differ, a dtype cannot
             be stored, `pattern` has not exactly one `*`, or it matches shards of another number
             that would mix with the new ones.
+
+    Example:
+
+        >>> import numpy as np, tracin_beam
+        >>> data = {"features": np.zeros((6, 4), np.float32), "label": np.arange(6)}
+        >>> tracin_beam.write_shards(data, "some-*.tfrecord", shards=2)
+        Parser(features=((4,), 'float32'), label=((), 'int64'))
     """
     pattern = files.home(pattern)
     folder, _, name = pattern.rpartition("/")

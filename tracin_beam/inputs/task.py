@@ -57,6 +57,18 @@ class Task:
         that defines it; they must lie in that folder, or in that of its package. They travel to
         workers with the task, and embeddings depend on their content. What Python opens there while
         the task is imported travels without being named.
+
+    Example:
+
+      >>> import keras, tracin_beam
+      >>> task = tracin_beam.Task(
+      ...     model=lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]),
+      ...     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+      ...     parse=tracin_beam.Parser(features=((4,), "float32"), label=((), "int64")),
+      ...     label_names=["a", "b", "c"],
+      ... )
+      >>> task.model().count_params()
+      15
     """
 
     model: Callable[[], Any]

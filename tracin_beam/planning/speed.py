@@ -68,7 +68,7 @@ def _embed(source: EngineSource, checkpoint: CheckpointFile, some: Sequence[Reco
             writer = records.RecordWriter(handle)
             for record in some:
                 writer.write(record.data)
-        unit = Unit(runs.TRAIN, Shard(path, "sample", ""), checkpoint, "loss", "")
+        unit = Unit(runs.TRAIN, Shard(path, "sample", *runs.identify(path)), checkpoint, "loss", "")
         started = time.monotonic()
         embed.embed_unit(Output(folder), source, unit, 1.0, Tally())
         return time.monotonic() - started
