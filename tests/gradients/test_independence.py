@@ -159,6 +159,11 @@ def balanced(label, output):
     return tf.reduce_mean(each * tf.reshape(weight, [-1]))
 
 
+def hardest(label, output):
+    each = keras.losses.sparse_categorical_crossentropy(label, output, from_logits=True)
+    return tf.reduce_mean(tf.math.top_k(each, (tf.shape(each)[0] + 1) // 2).values)
+
+
 class Broadcast(keras.losses.Loss):
     def call(self, label, output):
         return tf.square(tf.cast(label, tf.float32) - output)
@@ -170,6 +175,8 @@ class Broadcast(keras.losses.Loss):
         (contrastive, 3, "contrastive: the loss of an example is"),
         (in_batch_softmax, 3, "in_batch_softmax"),
         (pairwise, 1, "pairwise"),
+        (hardest, 3, "hardest: the gradient for an example alone is another one"),
+        (keras.losses.Circle(), 3, "circle: .* in a batch of 8. TracIn needs"),
         (Broadcast(), 1, r"Broadcast.*Labels of shape \(8,\) and outputs of shape \(8, 1\)"),
     ],
 )
