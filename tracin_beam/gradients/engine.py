@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,8 @@ _POSITIONS = 128
 # So many queries, or fewer, have a function of their own: products with a whole batch of them would
 # be half of what it takes.
 _FEW = 16
+# Examples whose gradients are compared with the tape's before any work.
+_VERIFIED = 4
 # By how much ‖∇ℓ‖² may differ between batch sizes, by the dtype that a layer computes in.
 _TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
 
@@ -261,6 +264,7 @@ class Engine:
         self.model = self.task.model()
         if not isinstance(self.model, keras.Model):
             raise InputError(f"Task.model returned a {type(self.model).__name__}, not a model.")
+        recurrent.refuse_stateful(self.model)
         one = self._example
         with self._explained():
             output = self.model(one.features, training=False)
@@ -277,7 +281,6 @@ class Engine:
         # What a layer adds to the loss in its call is not seen in the gradient of its output.
         adding = frozenset(id(one.layer) for one in self.added if one.inside)
         model = capture.Model.of(self.model, self.weights, self.config.rules, adding)
-        recurrent.refuse_stateful(model.layers)
         labelled = self._example.label is not None
         forward = self._forward("loss" if labelled else "predicted_loss")
         with self._explained():
@@ -317,6 +320,20 @@ class Engine:
             self.weights[i].path: None if layer is None or layer is self.model else layer.name
             for i, layer in sorted(owners.items())
         }
+
+    def slowdown(self, values: list[tf.Tensor], batch: Batch) -> float:
+        """How many times as long embedding takes as without the weights that no rule is for."""
+        flat = self._padded(next(self._parts(batch)))
+        seconds = []
+        for kind in ("embed", "fast"):
+            function = self._function(kind, "loss")
+            taken = []
+            for _ in range(3):
+                start = time.perf_counter()
+                np.asarray(_run(function, values, flat)[0])
+                taken.append(time.perf_counter() - start)
+            seconds.append(min(taken))
+        return seconds[0] / seconds[1]
 
     def _fitting(self) -> int:
         """A batch size at which a batch's numbers fit into _BATCH_BYTES."""
@@ -471,22 +488,44 @@ class Engine:
     def verify(self, values: list[tf.Tensor], batch: Batch) -> None:
         """Checks this engine's gradients against plain `tf.GradientTape`, one example at a time.
 
+        The whole gradients of a few examples are compared, and their norms as they are computed
+        in a batch of the usual size.
+
         Raises:
           InputError: they differ: the model does something that its rules do not know of.
         """
-        batch = batch.take(range(min(batch.size, 2)))
+        batch = batch.take(range(min(batch.size, _VERIFIED)))
         norms = self._exact_norms(values, batch)
         tolerance = self._tolerance()
-        for i in range(batch.size):
-            plain = functools.partial(self._plain, values, batch.take([i]))
-            expected = in_keras_thread(plain)
-            norm = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in expected)
-            if not math.isclose(norms[i], norm, rel_tol=tolerance, abs_tol=1e-12):
-                if not (math.isfinite(norm) and math.isfinite(norms[i])):
-                    continue
+        for part, rows in self._whole_gradients(values, batch):
+            for i, place in enumerate(part):
+                plain = functools.partial(self._plain, values, batch.take([place]))
+                expected = in_keras_thread(plain)
+                self._compare(int(place), norms[place], [x[i] for x in rows], expected, tolerance)
+
+    def _compare(
+        self,
+        place: int,
+        squared_norm: float,
+        gradients: Sequence[np.ndarray],
+        expected: Sequence[np.ndarray],
+        tolerance: float,
+    ) -> None:
+        norm = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in expected)
+        if not (math.isfinite(norm) and math.isfinite(squared_norm)):
+            return
+        if not math.isclose(squared_norm, norm, rel_tol=tolerance, abs_tol=1e-12):
+            raise InputError(
+                f"example {place}: ‖∇ℓ‖² is {squared_norm:.6g} by the layers' rules and "
+                f"{norm:.6g} by tf.GradientTape. Does the model mix the examples of a batch?"
+            )
+        for weight, got, plain in zip(self.weights, gradients, expected, strict=True):
+            error = np.linalg.norm((got - plain.ravel()).astype(np.float64))
+            if error > tolerance * math.sqrt(norm) + 1e-9:
                 raise InputError(
-                    f"example {i}: ‖∇ℓ‖² is {norms[i]:.6g} by the layers' rules and "
-                    f"{norm:.6g} by tf.GradientTape. Does the model mix the examples of a batch?"
+                    f"example {place}: the gradient of {weight.path} is another by the layers' "
+                    f"rules than by tf.GradientTape, by {error:.3g} of {math.sqrt(norm):.3g}. "
+                    "Does the model mix the examples of a batch?"
                 )
 
     def check_repeatable(self) -> None:
@@ -520,6 +559,27 @@ class Engine:
         traced = tf.function(lambda: model(features, training=False)).get_concrete_function()
         own = {id(v.value) for v in model.variables}
         return [v for v in traced.graph.variables if id(v) not in own]
+
+    def _whole_gradients(
+        self, values: list[tf.Tensor], batch: Batch
+    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Places in the batch, and their gradients of every weight: float32 [n, N] each."""
+        together = self._groups(batch) or [(np.arange(batch.size), batch)]
+        function = self._function("whole", "loss")
+        for places, part in together:
+            for start in range(0, part.size, self._checked):
+                some = part.take(range(start, min(start + self._checked, part.size)))
+                found = _run(function, values, self._padded(some, self._checked))
+                yield (
+                    places[start : start + self._checked],
+                    [x.numpy()[: some.size] for x in found],
+                )
+
+    @property
+    def _checked(self) -> int:
+        """Examples whose whole gradients are written out at a time."""
+        size = sum(spec.size for spec in self.specs)
+        return max(1, min(self._width, _VERIFIED, _BATCH_BYTES // (8 * max(size, 1))))
 
     def check_independence(self, values: list[tf.Tensor], batch: Batch) -> None:
         """Checks that what the model and the loss give for an example is that example's alone.
@@ -618,10 +678,11 @@ class Engine:
         for start in range(0, batch.size, self._width):
             yield batch.take(range(start, min(start + self._width, batch.size)))
 
-    def _padded(self, batch: Batch) -> list[tf.Tensor]:
-        index = np.minimum(np.arange(self._width), batch.size - 1)
+    def _padded(self, batch: Batch, width: int = 0) -> list[tf.Tensor]:
+        width = width or self._width
+        index = np.minimum(np.arange(width), batch.size - 1)
         flat = nests.present((batch.features, batch.label, batch.sample_weight))
-        if batch.size == self._width:
+        if batch.size == width:
             return flat
         return [tf.gather(x, index) for x in flat]
 
@@ -635,13 +696,16 @@ class Engine:
             return self._functions[key]
 
     def _trace(self, kind: str, target: str) -> Callable[..., Any]:
+        width = self._checked if kind == "whole" else self._width
         flat_spec = [
-            tf.TensorSpec([self._width, *spec.shape[1:]], spec.dtype) for spec in self._open_spec
+            tf.TensorSpec([width, *spec.shape[1:]], spec.dtype) for spec in self._open_spec
         ]
         signature = [self._values_spec, flat_spec]
         bodies: dict[str, Callable[..., Any]] = {
             "embed": self._embed,
             "norms": self._norms,
+            "whole": self._whole,
+            "fast": self._fast,
             "queries": self._queries,
             "few scores": self._scores,
             "scores": self._scores,
@@ -729,6 +793,27 @@ class Engine:
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> tf.Tensor:
         return _squared_norm(self._gradients(target, values, flat))
+
+    def _fast(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> list[tf.Tensor]:
+        """What embedding would take without the weights that no rule is for."""
+        found = self._gradients(target, values, flat)
+        kept = [(self.specs[i], x) for i, x in found.gradients.items() if i not in found.general]
+        if not kept:
+            return [found.quantity]
+        return [self.projection(kept) + tf.add_n([forms.squared_norm(x) for _, x in kept])[:, None]]
+
+    def _whole(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> list[tf.Tensor]:
+        found = self._gradients(target, values, flat).gradients
+        return [
+            forms.materialise(found[i], spec.shape)
+            if i in found
+            else tf.zeros([flat[0].shape[0], spec.size])
+            for i, spec in enumerate(self.specs)
+        ]
 
     def _query_specs(self) -> list[tf.TensorSpec]:
         """Of the flat tensors of `Queries`: every weight has its place, whatever the target."""

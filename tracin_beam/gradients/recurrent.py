@@ -63,13 +63,13 @@ def takes(layer: Any) -> bool:
     )
 
 
-def refuse_stateful(layers: Sequence[Any]) -> None:
+def refuse_stateful(model: keras.Model) -> None:
     """An example's gradient must not depend on what came before it.
 
     Raises:
       InputError: a recurrent layer that keeps its state.
     """
-    for layer in layers:
+    for layer in model._flatten_layers():
         if getattr(layer, "stateful", False):
             raise InputError(
                 f"layer {layer.name} is stateful: what it makes of an example depends on those "

@@ -1,0 +1,124 @@
+"""Products for each example: memory, and the operation that crashes TensorFlow on AMX."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from oracle import assert_close, engine_of, task_of, values_of
+
+from tracin_beam.gradients import general, uses
+
+L = keras.layers
+N = 32
+CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+rng = np.random.default_rng(0)
+IDS = rng.integers(0, 40, (N, 8))
+IMAGES = rng.normal(size=(N, 8, 8, 3)).astype("float32")
+CLASSES = rng.integers(0, 3, N)
+
+
+class Decoder(keras.Model):
+    """Tied embeddings, positions as a raw weight, causal attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = L.Embedding(40, 8)
+        self.positions = self.add_weight(shape=(8, 8), name="positions")
+        self.attention = L.MultiHeadAttention(2, 4)
+
+    def call(self, ids):
+        x = self.embedding(ids) + self.positions
+        x = x + self.attention(x, x, use_causal_mask=True)
+        return keras.ops.matmul(x, keras.ops.transpose(self.embedding.embeddings))
+
+
+class Patches(keras.Model):
+    """A class token, positions, a scale and a PReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = L.Conv2D(8, 4, strides=4)
+        self.token = self.add_weight(shape=(1, 1, 8), name="token")
+        self.positions = self.add_weight(shape=(1, 5, 8), name="positions")
+        self.scale = self.add_weight(shape=(8,), name="scale")
+        self.attention = L.MultiHeadAttention(2, 4)
+        self.activation = L.PReLU(shared_axes=[1])
+        self.top = L.Dense(3)
+
+    def call(self, images):
+        x = keras.ops.reshape(self.patches(images), (-1, 4, 8))
+        token = keras.ops.broadcast_to(self.token, (keras.ops.shape(x)[0], 1, 8))
+        x = keras.ops.concatenate([token, x], axis=1) + self.positions
+        x = x + self.scale * self.activation(self.attention(x, x))
+        return self.top(x[:, 0])
+
+
+def lora():
+    model = keras.Sequential([keras.Input((8, 8, 3)), L.Flatten(), L.Dense(8), L.Dense(3)])
+    for layer in model.layers[1:]:
+        layer.enable_lora(2)
+    return model
+
+
+MODELS = {
+    "decoder": (Decoder, IDS, IDS),
+    "patches": (Patches, IMAGES, CLASSES),
+    "lora": (lora, IMAGES, CLASSES),
+    "lstm": (
+        lambda: keras.Sequential([L.Embedding(40, 8), L.LSTM(4), L.Dense(3)]),
+        IDS,
+        CLASSES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rules", [True, False])
+def test_no_product_that_crashes_on_amx(name, rules):
+    build, features, label = MODELS[name]
+    task = task_of(build, features, label, CROSSENTROPY)
+    engine, batch = engine_of(task, N, batch_size=N, rules=rules)
+    values = values_of(engine.model)
+    got = engine.embed(values, batch)
+    graph = engine._functions["embed", "loss"].get_concrete_function().graph
+    assert not uses.unsafe_products(general.operations(graph))
+    assert bool(engine.general) != rules
+    some = [0, 17]
+    expected = [
+        np.concatenate([g.ravel() for g in engine._plain(values, batch.take([i]))]) for i in some
+    ]
+    assert_close(got.embedding[some], np.stack(expected))
+
+
+def test_the_product_that_crashes_is_known():
+    graph = tf.__internal__.FuncGraph("products")
+    with graph.as_default():
+        tf.matmul(tf.zeros([2, 3, 4, 5]), tf.zeros([2, 3, 5, 6]))
+        tf.matmul(tf.zeros([2, 4, 5]), tf.zeros([1, 5, 6]))
+        assert not uses.unsafe_products(general.operations(graph))
+        tf.matmul(tf.zeros([2, 1, 4, 5]), tf.zeros([1, 5, 6]))
+    assert uses.unsafe_products(general.operations(graph))
+
+
+def test_chunks_are_bounded_and_divide_the_batch():
+    assert general.chunk_size(256, 1000) == 256
+    most = general.BYTES // (4 * general._COPIES)
+    assert general.chunk_size(256, most) == 1
+    assert general.chunk_size(256, most // 100) == 64
+    assert general.chunk_size(6, most // 4) == 3
+    assert general.chunk_size(7, 100 * most) == 1
+
+
+@pytest.mark.parametrize("numbers", [1, general.BYTES // 20, general.BYTES])
+def test_each_example_by_itself(numbers):
+    x = tf.constant(rng.normal(size=(6, 3)), tf.float32)
+
+    @tf.function(autograph=False)
+    def run(x):
+        return general.per_example(
+            lambda e: [tf.reduce_sum(e[0]) * e[0], tf.sort(e[0])], [x], [[3], [3]], numbers
+        )
+
+    product, ordered = run(x)
+    np.testing.assert_allclose(product, np.sum(x, axis=1, keepdims=True) * x, 1e-6)
+    np.testing.assert_array_equal(ordered, np.sort(x, axis=1))
