@@ -16,6 +16,9 @@ from tracin_beam.storage.runs import TRAIN
 
 _log = logging.getLogger(__name__)
 
+# Test examples that the terminal shows.
+_SHOWN = 5
+
 
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
     """Embeds, searches candidates, scores them exactly and states the recall."""
@@ -90,14 +93,15 @@ def _page(run: Run, state: Mapping[str, Any]) -> dict[str, Stamp]:
 
 
 def _summary(run: Run, state: Mapping[str, Any]) -> str:
-    from tracin_beam.report import text
-    from tracin_beam.storage import tables
+    from tracin_beam.report import excerpt, text
 
     name = run.config.test_name
-    rows = tables.read_folder(run.output.influence(name))
     names = run.source.get().task.label_names
+    found = excerpt.read(run.output.influence(name), state, names, _SHOWN)
     lines = [
-        text.influence_summary(rows, state, label_names=names),
+        text.influence_summary(
+            found.rows, state, label_names=names, max_tests=_SHOWN, tests_in_table=found.tests
+        ),
         f"Tables are in {run.output.influence(name)}",
     ]
     if run.config.total:

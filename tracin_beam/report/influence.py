@@ -37,16 +37,18 @@ def influence_page(
     *,
     label_names: Sequence[str] | None = None,
     max_tests: int = 30,
+    tests_in_table: int | None = None,
 ) -> str:
     """Makes the page: every test example with the training examples that influenced it most.
 
     Args:
-        rows: the influence table.
+        rows: the influence table, or what is shown of it.
         shown: what to show of an example, by (shard, position); `view.places_shown` says which ones
             the page has room for. Of any other example it shows the id alone.
         run: what run.json holds. Whatever is missing or null is left out of the page.
         label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
         max_tests: how many test examples to show; wrong predictions come first.
+        tests_in_table: how many the whole table explains, if `rows` are not all.
 
     Returns:
         A whole HTML document that refers to nothing outside itself.
@@ -57,7 +59,7 @@ def influence_page(
     config = run.get("config") or {}
     return _PAGES.get_template("influence.html").render(
         tests=tests,
-        tests_in_table=view.count_tests(rows),
+        tests_in_table=view.count_tests(rows) if tests_in_table is None else tests_in_table,
         any_wrong=any(test.wrong for test in tests),
         any_bars=any(len(one.by_checkpoint) > 1 for one in influences),
         any_differs=any(one.label_differs for one in influences),

@@ -16,14 +16,16 @@ def influence_summary(
     *,
     label_names: Sequence[str] | None = None,
     max_tests: int = 5,
+    tests_in_table: int | None = None,
 ) -> str:
     """Writes some test examples, each with its strongest influences, and then the run's facts.
 
     Args:
-        rows: the influence table.
+        rows: the influence table, or what is shown of it.
         run: what run.json holds. Whatever is missing or null is left out.
         label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
         max_tests: how many test examples to show; wrong predictions come first.
+        tests_in_table: how many the whole table explains, if `rows` are not all.
 
     Returns:
         Lines of plain text without control characters, whatever ids and labels hold.
@@ -31,7 +33,8 @@ def influence_summary(
     read = view.reading(rows, run, label_names)
     tests = view.explanations(rows, read, max_tests=max_tests)
     blocks = ["\n".join(_explanation(test)) for test in tests] or ["The influence table is empty."]
-    more = view.count_tests(rows) - len(tests)
+    every = view.count_tests(rows) if tests_in_table is None else tests_in_table
+    more = every - len(tests)
     if more > 0:
         blocks.append(f"… and {more:,} more test examples in the table.")
     if not view.is_exact(rows):

@@ -114,7 +114,7 @@ def explanations(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Expla
             place=place,
             label=read.label(first["test_label"]),
             prediction=read.prediction(first["test_prediction"]),
-            wrong=_is_wrong(read, first["test_prediction"], first["test_label"]),
+            wrong=is_wrong(read, first["test_prediction"], first["test_label"]),
             proponents=of("proponent"),
             opponents=of("opponent"),
         )
@@ -205,7 +205,7 @@ def _chosen(rows: pa.Table, read: Reading, max_tests: int) -> list[Place]:
         .to_pylist()
     )
     # The sort is stable.
-    tests.sort(key=lambda t: not _is_wrong(read, t["test_prediction_first"], t["test_label_first"]))
+    tests.sort(key=lambda t: not is_wrong(read, t["test_prediction_first"], t["test_label_first"]))
     return [(test["test_shard"], test["test_position"]) for test in tests[:max_tests]]
 
 
@@ -236,7 +236,7 @@ def _differ(one: float | None, other: float | None) -> bool:
     return _is_known(one) and _is_known(other) and one != other
 
 
-def _is_wrong(read: Reading, prediction: float | None, label: float | None) -> bool:
+def is_wrong(read: Reading, prediction: float | None, label: float | None) -> bool:
     return read.classes and _differ(read.predicted(prediction), label)
 
 

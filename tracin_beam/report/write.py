@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from tracin_beam.gradients import nests
 from tracin_beam.inputs import formats
+from tracin_beam.report import excerpt
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Shown, show_features
 from tracin_beam.report.view import Place, places_shown, reading
-from tracin_beam.storage import files, records, tables
+from tracin_beam.storage import files, records
 from tracin_beam.storage.runs import Output
 
 if TYPE_CHECKING:
@@ -28,11 +29,17 @@ def write_influence_report(
       state: run.json.
       max_tests: test examples to show.
     """
-    rows = tables.read_folder(output.influence(test_name))
     names = loaded.task.label_names
+    found = excerpt.read(output.influence(test_name), state, names, max_tests)
+    rows = found.rows
     places = places_shown(rows, reading(rows, state, names), max_tests=max_tests)
     page = influence_page(
-        rows, shown_at(loaded.parse, places), state, label_names=names, max_tests=max_tests
+        rows,
+        shown_at(loaded.parse, places),
+        state,
+        label_names=names,
+        max_tests=max_tests,
+        tests_in_table=found.tests,
     )
     with files.atomic_write(output.report(test_name)) as handle:
         handle.write(page.encode())

@@ -69,10 +69,19 @@ def read_folder(folder: str, columns: Sequence[str] | None = None, filters: Any 
     Raises:
       InputError: there is none.
     """
-    paths = [info.path for info in files.list_folder(folder) if info.path.endswith(".parquet")]
-    if not paths:
+    return pa.concat_tables([read(path, columns, filters) for path in paths(folder)])
+
+
+def paths(folder: str) -> list[str]:
+    """The Parquet files in a folder of ours, in order.
+
+    Raises:
+      InputError: there is none.
+    """
+    found = [info.path for info in files.list_folder(folder) if info.path.endswith(".parquet")]
+    if not found:
         raise InputError(f"There is no table in {folder}.")
-    return pa.concat_tables([read(path, columns, filters) for path in paths])
+    return found
 
 
 def text(value: Any) -> str:
