@@ -1,21 +1,19 @@
 """Shards × checkpoints → embedding files."""
 
-import collections
-import concurrent.futures
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import apache_beam as beam
 import numpy as np
 
-from tracin_beam.errors import InputError, reason
+from tracin_beam.errors import InputError
 from tracin_beam.inputs import formats
 from tracin_beam.stages import progress
+from tracin_beam.stages.batching import ahead, without_failing
 from tracin_beam.stages.metrics import Counters, Tally
 from tracin_beam.stages.workers import EngineSource, Loaded
 from tracin_beam.storage import embeddings, files, records, runs, tables
@@ -88,20 +86,6 @@ def _timed(items: Iterator[T], tally: Tally, part: str) -> Iterator[T]:
         yield item
 
 
-def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
-    """The items, made in a thread of its own, a few at most before they are asked for."""
-    iterator = iter(items)
-    end: Any = object()
-    with concurrent.futures.ThreadPoolExecutor(1) as maker:
-        coming = collections.deque(maker.submit(next, iterator, end) for _ in range(count))
-        try:
-            while (item := coming.popleft().result()) is not end:
-                coming.append(maker.submit(next, iterator, end))
-                yield item
-        finally:
-            maker.shutdown(cancel_futures=True)
-
-
 def parse_records(
     loaded: Loaded, waiting: Sequence[records.Record]
 ) -> tuple[Any, list[int], list[tuple[int, str]]]:
@@ -112,10 +96,10 @@ def parse_records(
       of the records that do not parse.
     """
     batch, good, refused = without_failing(
-        lambda some: loaded.parse([record.data for record in some]), waiting
+        lambda some: loaded.parse([waiting[i].data for i in some]), len(waiting)
     )
-    rejected = [(record.position, f"parse failed: {why}") for record, why in refused]
-    return batch, [record.position for record in good], rejected
+    rejected = [(waiting[i].position, f"parse failed: {why}") for i, why in refused]
+    return batch, [waiting[i].position for i in good], rejected
 
 
 def _embed_batch(
@@ -128,12 +112,11 @@ def _embed_batch(
 ) -> tuple[Embeddings | None, list[tuple[int, str]]]:
     engine = loaded.engine
     values = engine.values(checkpoint.path)
-    everything = list(range(batch.size))
     result, kept, refused = without_failing(
         lambda some: engine.embed(
             values, batch if len(some) == batch.size else batch.take(some), target
         ),
-        everything,
+        batch.size,
     )
     rejected = [(positions[i], f"the model or the loss fails: {why}") for i, why in refused]
     if result is None:
@@ -179,64 +162,6 @@ def _batches(
             good, bad = [], []
     if good or bad:
         yield good, bad
-
-
-def without_failing(
-    attempt: Callable[[Sequence[Any]], T], items: Sequence[Any]
-) -> tuple[T | None, Sequence[Any], list[tuple[Any, str]]]:
-    """Attempts all items at once, and if that fails, without those that fail on their own.
-
-    Returns:
-      The result (None if no item is left), its items, and the others with the reasons.
-    """
-    try:
-        return (attempt(items) if items else None), items, []
-    except InputError:
-        raise
-    except Exception as error:
-        refused = _failing(attempt, items, error)
-    bad = {id(item) for item, _ in refused}
-    kept = [item for item in items if id(item) not in bad]
-    if not kept:
-        return None, kept, refused
-    try:
-        return attempt(kept), kept, refused
-    except Exception as error:  # each goes by itself, as those of different shapes do
-        together = _largest_group(attempt, kept)
-        others = {id(item) for item in kept} - {id(item) for item in together}
-        why = f"it does not go with the others of its batch: {reason(error)}"
-        refused += [(item, why) for item in kept if id(item) in others]
-        return (attempt(together) if together else None), together, refused
-
-
-def _largest_group(attempt: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> list[Any]:
-    """The items that go together with one of the first three, whichever has most of them."""
-    largest: list[Any] = []
-    for first in items[:3]:
-        group = [first]
-        for item in items:
-            if item is not first:
-                with contextlib.suppress(Exception):  # as above
-                    attempt([*group, item])
-                    group.append(item)
-        if len(group) > max(1, len(largest)):
-            largest = group
-    return largest
-
-
-def _failing(
-    attempt: Callable[[Sequence[Any]], Any], items: Sequence[Any], error: Exception
-) -> list[tuple[Any, str]]:
-    """The items behind an error, found by halving, each with its own."""
-    if len(items) == 1:
-        return [(items[0], reason(error))]
-    found = []
-    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
-        try:
-            attempt(half)
-        except Exception as own:  # whatever TensorFlow raises: it is the records'
-            found += _failing(attempt, half, own)
-    return found
 
 
 def embed_unit(

@@ -19,6 +19,7 @@ from tracin_beam.inputs import formats
 from tracin_beam.scoring import topk
 from tracin_beam.scoring.topk import ROLES, Scored
 from tracin_beam.stages import embed, joining, progress
+from tracin_beam.stages.batching import without_failing
 from tracin_beam.stages.joining import Census, Group, Join
 from tracin_beam.stages.search import Both, BothScored
 from tracin_beam.stages.workers import Loaded
@@ -128,12 +129,11 @@ class ExactScores:
             batch, parsed, _ = embed.parse_records(self._loaded, data)
             engine, target = self._loaded.engine, self._join.target
             # Queries that could not be used are none; here a few could only be left out.
-            gradients, kept, _ = embed.without_failing(
-                lambda some: engine.queries(values, batch.take(some), target),
-                list(range(batch.size)),
+            gradients, kept, _ = without_failing(
+                lambda some: engine.queries(values, batch.take(some), target), batch.size
             )
             self._cache[key] = (
-                queries[np.asarray(parsed, np.int64)[list(kept)]],
+                queries[np.asarray(parsed, np.int64)[kept]],
                 None if gradients is None else self._join.score.of_gradients(place, gradients),
             )
             each = max(1, engine.query_bytes())
