@@ -8,6 +8,10 @@ QUICKSTART := quickstart
 PYTEST_ARGS ?=
 # For test-engines: those of deploy/engines, with commas.
 ENGINES ?= all
+# For chaos.
+SEED ?= 0
+KILLS ?= 100
+INPUTS ?= 1000
 # Of an engine that is started to be tried.
 WORKERS ?= 2
 
@@ -15,7 +19,7 @@ WORKERS ?= 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-engines engines lint documents format clean
+.PHONY: help install quickstart test test-engines chaos engines lint documents format clean
 .PHONY: prism flink flink-cluster spark job-service
 
 help:  ## show this list
@@ -50,6 +54,9 @@ test: $(INSTALLED)  ## run the tests; PYTEST_ARGS='-k report' chooses some
 
 test-engines: $(INSTALLED)  ## the same job on Prism, Flink and Spark; ENGINES=prism,flink chooses
 	$(BIN)/python -m pytest tests/engines --engines=$(ENGINES) $(PYTEST_ARGS)
+
+chaos: $(INSTALLED)  ## kill runs, damage their output and mutate their input; SEED=0 KILLS=100 INPUTS=1000
+	$(BIN)/python tests/chaos/chaos.py --seed=$(SEED) --kills=$(KILLS) --inputs=$(INPUTS)
 
 engines: $(INSTALLED)  ## fetch all engines; needs Go, Java and Maven, see deploy/engines
 	$(BIN)/python deploy/engines/fetch.py
