@@ -141,6 +141,25 @@ def test_weights_that_were_frozen_in_training_are_told(tmp_path, caplog):
     assert not caplog.text
 
 
+def test_a_model_that_saves_a_part_of_itself(tmp_path):
+    class Wrapped(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = branches([0, 1])
+
+        def call(self, x):
+            return self.inner(x)
+
+        def save_weights(self, path):
+            self.inner.save_weights(path)
+
+    model, path = Wrapped(), str(tmp_path / "m.weights.h5")
+    model(X)
+    weights.save(model, path, {"a": 1})
+    assert read_notes(path) == {"a": 1}
+    np.testing.assert_array_equal(load(branches([1, 0]), path)(X), model(X))
+
+
 class Hidden(L.Layer):
     """Sublayers where Keras does not look for what it saves."""
 

@@ -206,12 +206,21 @@ def save(model: keras.Model, path: str, notes: Mapping[str, Any]) -> None:
         local = os.path.join(folder, "model" + WEIGHTS)
         model.save_weights(local)
         with h5py.File(local, "r+") as file:
-            for place, group in _record(model).items():
-                for key, value in group.values.items():
-                    if isinstance(value, keras.Variable):
-                        attributes = file[_dataset(place, key)].attrs
-                        attributes["name"] = value.name
-                        attributes["trainable"] = bool(value.trainable)
+            ours = {
+                _dataset(place, key): value
+                for place, group in _record(model).items()
+                for key, value in group.values.items()
+            }
+            theirs = {
+                _dataset(place, key): dataset
+                for place, group in _groups(file).items()
+                for key, dataset in group.values.items()
+            }
+            # A model that overrides save_weights may save a part of itself.
+            for name in theirs if set(ours) == set(theirs) else ():
+                if isinstance(value := ours[name], keras.Variable):
+                    theirs[name].attrs["name"] = value.name
+                    theirs[name].attrs["trainable"] = bool(value.trainable)
             file.attrs[NOTES] = json.dumps(notes)
         files.upload(local, path)
 
