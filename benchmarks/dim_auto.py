@@ -26,7 +26,7 @@ import workloads
 from scann.scann_ops.py import scann_ops_pybind
 
 from tracin_beam import Task
-from tracin_beam.gradients.engine import Batch, Engine, EngineConfig, Parser
+from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
 from tracin_beam.planning import dims
 from tracin_beam.stages import index
 
@@ -63,7 +63,7 @@ class Housing:
             return {"features": tf.gather(x, row), "label": tf.gather(y, row)}
 
         task = Task(self.build, keras.losses.MeanSquaredError(), parse)
-        parser = Parser(task)
+        parser = BatchParser(task)
         every = parser([str(i).encode() for i in range(20_000 + QUERIES)])
         engine = Engine(task, EngineConfig(**config), parser, every.take([0]))
         return engine, every.take(range(20_000)), every.take(range(20_000, 20_000 + QUERIES))

@@ -17,12 +17,12 @@ import tensorflow as tf
 from workloads import LOSS
 
 from tracin_beam import Task
-from tracin_beam.gradients.engine import Batch, Engine, EngineConfig, Parser
+from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
 
 BATCHES = {"mlp": (256, 1024), "resnet20": (64,), "transformer": (16,)}
 
 
-def random_batch(name: str, size: int) -> tuple[Task, Parser, Batch]:
+def random_batch(name: str, size: int) -> tuple[Task, BatchParser, Batch]:
     """A model's task on random examples: speed does not depend on what they hold."""
     rng = np.random.default_rng(0)
     features = {
@@ -37,7 +37,7 @@ def random_batch(name: str, size: int) -> tuple[Task, Parser, Batch]:
         return {"features": tf.gather(x, row), "label": tf.gather(y, row)}
 
     task = Task(models.MODELS[name], LOSS, parse)
-    parser = Parser(task)
+    parser = BatchParser(task)
     return task, parser, parser([str(i).encode() for i in range(size)])
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import tensorflow as tf
 
 from tracin_beam import Task
-from tracin_beam.gradients.engine import Batch, Engine, EngineConfig, Parser
+from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
 
 CLASSES = {"mlp": 10, "resnet20": 10, "transformer": 4}
 
@@ -46,7 +46,7 @@ class Workload:
     def engine(self, **config: Any) -> tuple[Engine, Batch, Batch]:
         """An engine, and the training and test examples as batches."""
         task = self.task()
-        parser = Parser(task)
+        parser = BatchParser(task)
         rows = [str(i).encode() for i in range(len(self.train[1]) + len(self.test[1]))]
         everything = parser(rows)
         count = len(self.train[1])

@@ -451,7 +451,7 @@ def task_and_batch(chosen: Entry, size: int) -> tuple[Any, Any, Any]:
     import tensorflow as tf
 
     from tracin_beam import Task
-    from tracin_beam.gradients.engine import Parser
+    from tracin_beam.gradients.engine import BatchParser
 
     x, y = tf.constant(chosen.features(size)), tf.constant(chosen.labels(size))
 
@@ -461,7 +461,7 @@ def task_and_batch(chosen: Entry, size: int) -> tuple[Any, Any, Any]:
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     task = Task(chosen.build, loss, parse)
-    parser = Parser(task)
+    parser = BatchParser(task)
     return task, parser, parser([str(i).encode() for i in range(size)])
 
 

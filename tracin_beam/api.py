@@ -99,11 +99,11 @@ class FinishedRun:
 
         names, shown, state = None, {}, self.info
         if self.task is not None:
-            from tracin_beam.gradients.engine import Parser
+            from tracin_beam.gradients.engine import BatchParser
 
             names = self.task.label_names
             places = view.places_shown(rows, view.reading(rows, state, names), max_tests=1)
-            shown = write.shown_at(Parser(self.task), places)
+            shown = write.shown_at(BatchParser(self.task), places)
         return influence_page(rows, shown, state, label_names=names, max_tests=1)
 
     def _repr_html_(self) -> str:

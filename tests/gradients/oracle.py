@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tracin_beam.gradients.engine import Engine, EngineConfig, Parser
+from tracin_beam.gradients.engine import BatchParser, Engine, EngineConfig
 from tracin_beam.inputs.task import Task
 
 
@@ -25,7 +25,7 @@ def task_of(build, features, label, loss, sample_weight=None):
 
 def engine_of(task, count, **config):
     """An engine with the full gradient as embedding, and a batch of the first `count` examples."""
-    parser = Parser(task)
+    parser = BatchParser(task)
     batch = parser([str(i).encode() for i in range(count)])
     config = {"projection": "none", "batch_size": 4, **config}
     return Engine(task, EngineConfig(**config), parser, batch), batch

@@ -9,7 +9,7 @@ import tensorflow as tf
 from oracle import assert_close, at, engine_of, plain_gradients, task_of, values_of
 
 from tracin_beam.errors import InputError
-from tracin_beam.gradients.engine import Parser
+from tracin_beam.gradients.engine import BatchParser
 from tracin_beam.inputs.task import Task
 
 L = keras.layers
@@ -204,7 +204,7 @@ def test_batch_size_chosen_by_the_size_of_the_model():
 
 def test_what_parse_may_not_return():
     def parser_of(result):
-        return Parser(Task(build, LOSS, lambda records: result(tf.strings.length(records))))
+        return BatchParser(Task(build, LOSS, lambda records: result(tf.strings.length(records))))
 
     with pytest.raises(InputError, match='a dict with "features"'):
         parser_of(lambda x: x)

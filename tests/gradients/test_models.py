@@ -7,7 +7,7 @@ import tensorflow as tf
 from oracle import check_model, engine_of, task_of, values_of
 
 from tracin_beam.errors import InputError
-from tracin_beam.gradients.engine import Engine, EngineConfig, Parser, select_weights
+from tracin_beam.gradients.engine import BatchParser, Engine, EngineConfig, select_weights
 from tracin_beam.inputs.task import Task
 
 L = keras.layers
@@ -323,7 +323,7 @@ def test_sequences_of_varying_length():
         return {"features": ids % 11, "label": ids[:, 0] % 3}
 
     task = Task(VariableLength, CROSSENTROPY, parse)
-    parser = Parser(task)
+    parser = BatchParser(task)
     config = EngineConfig(projection="none", batch_size=4)
     engine = Engine(task, config, parser, parser(rows[:2]))
     values = values_of(engine.model)

@@ -7,7 +7,7 @@ import tensorflow as tf
 from oracle import assert_close, keras_loss, plain_gradients, values_of
 
 from tracin_beam.gradients import padding
-from tracin_beam.gradients.engine import Engine, EngineConfig, Parser
+from tracin_beam.gradients.engine import BatchParser, Engine, EngineConfig
 from tracin_beam.inputs.task import Task
 
 L = keras.layers
@@ -47,7 +47,7 @@ def records(indices):
 
 def engine_of(build, kind, **config):
     task = Task(build, LOSS, parse_as(kind))
-    parser = Parser(task)
+    parser = BatchParser(task)
     config = {"projection": "none", "batch_size": 4, **config}
     engine = Engine(task, EngineConfig(**config), parser, parser(records([0])))
     return engine, parser, values_of(engine.model)

@@ -157,7 +157,7 @@ class Queries:
     groups: "tuple[tuple[np.ndarray, Queries], ...]" = ()
 
 
-class Parser:
+class BatchParser:
     """A task's parse, traced once.
 
     Raises, when called, whatever TensorFlow raises on records that do not parse.
@@ -238,7 +238,9 @@ class Engine:
       example: a batch of at least one example, to build the model with.
     """
 
-    def __init__(self, task: Task, config: EngineConfig, parser: Parser, example: Batch) -> None:
+    def __init__(
+        self, task: Task, config: EngineConfig, parser: BatchParser, example: Batch
+    ) -> None:
         self.task = task
         self.config = config
         self._lock = threading.Lock()

@@ -119,7 +119,7 @@ def parse(argv: Sequence[str], job: Job, prog: str = "") -> tuple[Config, Pipeli
     return config, beam_options
 
 
-class _Parser(argparse.ArgumentParser):
+class _FlagParser(argparse.ArgumentParser):
     """Raises an `InputError` where argparse would print the usage and exit."""
 
     def error(self, message: str) -> NoReturn:
@@ -127,7 +127,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(prog: str, job: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = _FlagParser(
         prog=prog or None,
         allow_abbrev=False,
         epilog="Every other flag is Beam's: --runner=DataflowRunner --project=… and so on.",
@@ -198,7 +198,7 @@ def _check_runner(rest: Sequence[str]) -> None:
 
 def _beams_parser() -> argparse.ArgumentParser:
     """A parser of every flag of Beam's, and of none of ours."""
-    beams = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    beams = _FlagParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in _all_options(PipelineOptions):
         if options is not TracInOptions:
             options._add_argparse_args(beams)

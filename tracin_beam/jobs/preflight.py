@@ -313,7 +313,7 @@ def _try_out(
     task, task_source = load_task(files.home(config.task))
 
     from tracin_beam.gradients import projections
-    from tracin_beam.gradients.engine import EngineConfig, Parser
+    from tracin_beam.gradients.engine import BatchParser, EngineConfig
     from tracin_beam.jobs import fingerprints
     from tracin_beam.stages import workers
 
@@ -322,7 +322,7 @@ def _try_out(
             f"--projection={config.projection} is not known; "
             f"take one of {', '.join(projections.names())}."
         )
-    parser = Parser(task)
+    parser = BatchParser(task)
     engine_config = EngineConfig(**config.embedding_flags(), batch_size=config.batch_size)
     sample, loaded = _load(task, parser, engine_config, train)
     # Only now, as building the model may have imported more of the user's modules.

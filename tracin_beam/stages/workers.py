@@ -4,7 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
-from tracin_beam.gradients.engine import Batch, Engine, EngineConfig, Parser
+from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
 from tracin_beam.inputs.task import Task, TaskSource
 
 
@@ -27,7 +27,7 @@ class EngineSource:
         with _lock:
             if self not in _loaded:
                 task = self.task.load()
-                adopt(self, load(task, Parser(task), self.config, self.sample))
+                adopt(self, load(task, BatchParser(task), self.config, self.sample))
             return _loaded[self]
 
 
@@ -36,14 +36,14 @@ class Loaded:
     """A task, ready to be used."""
 
     task: Task
-    parser: Parser
+    parser: BatchParser
     engine: Engine
 
     def parse(self, records: Sequence[bytes]) -> Batch:
         return self.parser(records)
 
 
-def load(task: Task, parser: Parser, config: EngineConfig, sample: bytes) -> Loaded:
+def load(task: Task, parser: BatchParser, config: EngineConfig, sample: bytes) -> Loaded:
     """Builds the engine, with the features of a serialised record that parses."""
     return Loaded(task, parser, Engine(task, config, parser, parser([sample])))
 
