@@ -119,6 +119,14 @@ def test_several_ragged_axes():
     def of_unknown_width(x):
         return padding.densify(x)
 
+    @tf.function(input_signature=[tf.SparseTensorSpec([None, 2], tf.float32)])
+    def of_known_width(x):
+        dense, extents = padding.densify(x)
+        assert dense.shape.as_list() == [None, 2]
+        assert not extents
+        return dense
+
+    assert of_known_width(fixed)[1, 1] == 2
     dense, extents = of_unknown_width(sparse)
     np.testing.assert_array_equal(extents[0], [[3], [1], [0]])
     assert dense[0, 2] == b"a"

@@ -33,7 +33,7 @@ def densify(structure: Any) -> tuple[Any, dict[int, tf.Tensor]]:
         elif isinstance(x, tf.SparseTensor):
             if any(n is None for n in x.shape[1:]):
                 extents[place] = _sparse_extent(x)
-            leaves.append(tf.sparse.to_dense(tf.sparse.reorder(x)))
+            leaves.append(tf.ensure_shape(tf.sparse.to_dense(tf.sparse.reorder(x)), x.shape))
         else:
             leaves.append(x)
     return nests.repack(structure, leaves), extents
