@@ -291,7 +291,6 @@ def test_flags(tiny, fails):
     fails("--layers=encoder", "scores/kernel", layers="encoder")
     fails("--layers=(", "regular expression", layers="(")
     fails("--dim=0", dim=0)
-    fails("--output=", "without any of", output=tiny.folder / "out[1]")
     fails("--checkpoint", "Did you mean --checkpoints", checkpoint="x")
     fails("--test must be given", stage="influence", test=None)
     (tiny.folder / "file").write_text("")
