@@ -8,7 +8,7 @@ is enough to say ("pilot's own"), and where the model of the tail is needed, the
 
     python dim_auto.py --scann
 
-What an index takes, the source of the constants in tracin_beam/plan.py.
+What a tree takes, the source of some constants in tracin_beam/planning/plan.py and scoring/cost.py.
 """
 
 import argparse

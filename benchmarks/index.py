@@ -187,6 +187,7 @@ def product(rows: np.ndarray, queries: np.ndarray, count: int) -> list[np.ndarra
 def large(rows: int, dim: int, queries: int) -> None:
     """The exact product of many rows and queries, without the reading of the rows."""
     matrix, asked = rows_of(rows, dim, 1), rows_of(queries, dim, 2)
+    product(matrix[:1000], asked[:1], 1)  # imports
     started = time.perf_counter()
     product(matrix, asked, 100)
     taken = time.perf_counter() - started
@@ -202,6 +203,7 @@ def crossover(rows: int = 50_000, numbers: int = 3_072) -> None:
     from tracin_beam.stages import index
 
     matrix = rows_of(rows, numbers, 1)
+    index.searcher(matrix[:100])  # imports
     started = time.perf_counter()
     searcher = index.searcher(np.concatenate([sketch.sketch(m) for m in np.split(matrix, 10)]))
     build = time.perf_counter() - started

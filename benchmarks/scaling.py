@@ -152,10 +152,10 @@ def prepared(flags: Sequence[str], stage: str) -> preflight.Run:
 
 
 def shuffle(arguments: argparse.Namespace) -> None:
-    from tracin_beam.stages import influence
+    from tracin_beam.stages import joining
 
     # As for a large training set, where the candidates alone are scored exactly.
-    influence._ALL_PAIRS = 0
+    joining.ALL_PAIRS = 0
     train, test = 8192, 64
     details = []
     print("| ids | dim | job | elements | bytes | by training example | by query |")
@@ -333,7 +333,9 @@ def measure(job: str, cores: int, flags: Sequence[str]) -> dict[str, float]:
 
 def one_partition(job: str, run: preflight.Run) -> None:
     """Builds the first partition of the index, or searches in it for all test examples."""
-    from tracin_beam.stages import embed, index, influence
+    from tracin_beam.scoring import methods
+    from tracin_beam.stages import embed, index, joining, search
+    from tracin_beam.stages.joining import Join
     from tracin_beam.stages.metrics import Tally
     from tracin_beam.storage import runs
 
@@ -346,14 +348,27 @@ def one_partition(job: str, run: preflight.Run) -> None:
     train = [r for r in results if r.set_name == runs.TRAIN]
     tests = [r for r in results if r.set_name != runs.TRAIN]
     config = run.config
-    partition = index.plan(train, run.shard_fingerprints, config.index_rows, {})[0]
-    if job == "build":
-        index.build(run.output, partition, run.checkpoints)
-        return
-    sets = influence.Sets(
-        run.output, run.train, run.test, "test", "loss", run.checkpoints, run.source
+    engine = run.source.get().engine
+    join = Join(
+        run.output,
+        run.train,
+        run.test,
+        "test",
+        "loss",
+        run.checkpoints,
+        run.source,
+        run.shard_fingerprints,
+        methods.DEFAULT,
+        engine.dim * len(run.checkpoints),
+        engine.batch_size,
     )
-    for _ in influence.search(sets, partition, tests, config.rescore):
+    groups = index.plan(train, join.units, config.index_rows, {})
+    piece = index.pieces(groups[0], config.index_rows)[0]
+    if job == "build":
+        index.build(join, piece)
+        return
+    census = joining.take_census(join, groups, train, tests, 0)
+    for _ in search.by_index(join, census, piece, config.rescore):
         pass
 
 
