@@ -1,5 +1,6 @@
 """From flags to a finished run.
 
-Options, preflight, fingerprints, graphs, launch, and what Dataflow needs.
+Options, the table of jobs and each job, preflight and tryout, fingerprints, launch, and what
+Dataflow needs.
 May import report and what lies below it.
 """

@@ -8,8 +8,9 @@ from typing import Any
 import apache_beam as beam
 
 from tracin_beam.errors import InputError
-from tracin_beam.jobs.preflight import Run, write_run
+from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import Job
+from tracin_beam.jobs.run_json import write_run
 from tracin_beam.storage import files, marks, runs
 from tracin_beam.storage.runs import CheckpointFile, Made, Shard, ShardResult
 

@@ -11,7 +11,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from tracin_beam.config import Config
 from tracin_beam.jobs import launch, options, preflight
-from tracin_beam.jobs.preflight import Found
+from tracin_beam.jobs.preflight import CheckedRun
 from tracin_beam.jobs.registry import JOBS, Job, installed_as
 from tracin_beam.stages import progress
 from tracin_beam.storage import runs
@@ -76,7 +76,7 @@ def make(config: Config) -> Planned:
     Raises:
       InputError: anything that the run would trip over.
     """
-    found = preflight.look(config, with_test=bool(config.test))
+    found = preflight.check(config, with_test=bool(config.test))
 
     from tracin_beam.planning import counts, pilot, plan, retrieval, speed
     from tracin_beam.planning.sample import id_bytes
@@ -125,7 +125,7 @@ def make(config: Config) -> Planned:
     )
 
 
-def _todo(found: Found) -> list[Unit]:
+def _todo(found: CheckedRun) -> list[Unit]:
     """The units that are still to be embedded."""
     run = found.run
     if found.stale or not found.earlier:
