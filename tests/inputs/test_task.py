@@ -393,3 +393,16 @@ def test_names_of_labels_are_lines():
     assert Task(len, "mse", len, label_names=["cat", "dog"]).label_names == ["cat", "dog"]
     with pytest.raises(InputError, match=r"'a\\nb' is more than one line"):
         Task(len, "mse", len, label_names=["cat", "a\nb"])
+
+
+def test_files_of_a_task_of_a_cell_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "_given", {})
+    task = Task(len, "mse", len, files=["words.txt"])
+    with pytest.raises(InputError, match=r"there is no file .*words\.txt"):
+        load_task(tasks.spec_of(task))[1]()
+    read = []
+    for words in ("a", "b"):
+        (tmp_path / "words.txt").write_text(words)
+        read.append(load_task(tasks.spec_of(task))[1]().read)
+    assert read[0] != read[1]

@@ -361,7 +361,13 @@ def is_local(spec: str) -> bool:
 def _source_of_given(spec: str) -> TaskSource:
     """The source of a task without a file, which only this process can load."""
     attribute = spec.rpartition(":")[2]
-    source = TaskSource(spec, _GIVEN, attribute, os.getcwd(), ())
+    root = os.getcwd()
+    read = []
+    for name in _given[spec].files:
+        if not os.path.isfile(os.path.join(root, name)):
+            raise InputError(f"Task(files=…): there is no file {os.path.join(root, name)}.")
+        read.append((name, files.checksum(os.path.join(root, name))))
+    source = TaskSource(spec, _GIVEN, attribute, root, (), tuple(read))
     _loaded[f"{source.digest}:{_GIVEN}:{attribute}"] = _given[spec]
     return source
 
