@@ -187,7 +187,7 @@ class Config:
         "--recall; a later run into the same output keeps it.",
         _dim,
         at_least=1,
-        at_most=1 << 24,
+        at_most=1 << 20,
         embeddings=True,
         remote=r"\d+|auto",
     )

@@ -41,6 +41,7 @@ _OS_PROBLEMS = {
     errno.ENAMETOOLONG: "the name is too long for the file system; take a shorter one",
     errno.EACCES: "this user may not do that; change the permissions, or choose another place",
     errno.EPERM: "this user may not do that; change the permissions, or choose another place",
+    errno.ENOTDIR: "a part of the path is a file and not a folder; choose another place",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
     errno.EIO: "the disk fails; choose another place",

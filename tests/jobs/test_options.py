@@ -100,7 +100,7 @@ def test_missing_flags_are_all_named():
         ("--recall=nan", "--recall=nan must lie between 0 and 1."),
         ("--rescore=-1", "--rescore=-1 must be at least 0."),
         ("--rescore=5", "--rescore=5 candidates cannot give --top_k=10 rows"),
-        ("--dim=1000000000", "--dim=1000000000 must be at most 16777216."),
+        ("--dim=1000000000", "--dim=1000000000 must be at most 1048576."),
         ("--seed=-1", "--seed=-1 must be at least 0."),
         ("--learning_rate=nan", "--learning_rate: give a number"),
         ("--index_rows=0", "--index_rows=0 must be at least 1."),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tracin_beam.config import Config
-from tracin_beam.errors import InputError
+from tracin_beam.errors import InputError, os_problem
 from tracin_beam.inputs import formats
 from tracin_beam.inputs.checkpoints import read_checkpoints
 from tracin_beam.inputs.task import check_keras
@@ -117,7 +117,7 @@ def prepared(config: Config, job: Job) -> Iterator[Run]:
                 _begin(found, run)
             except OSError as error:
                 raise InputError(
-                    f"--output={config.output} cannot be written to: {error}"
+                    f"--output={config.output} cannot be written to: {os_problem(error) or error}"
                 ) from error
             yield run
             return
