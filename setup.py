@@ -47,6 +47,7 @@ setup(
             "pandas",
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "scikit-learn",
             "types-PyYAML",

@@ -160,6 +160,7 @@ def test_an_absurd_length_with_a_right_crc_is_a_cut_record(read):
         b"\x89PNG\r\n" + bytes(5000),
         gzip.compress(b"text in a gzip file"),
     ],
+    ids=["csv", "png", "gzip"],
 )
 def test_a_file_of_another_format_is_refused(tmp_path, content):
     path = tmp_path / "data.csv"
