@@ -392,6 +392,45 @@ def slices(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
     return parts
 
 
+def depthwise(x: tf.Tensor, right: tf.Tensor, window: Window, multiplier: int) -> tf.Tensor:
+    """∂ℓ_b/∂K of a depthwise convolution: float32 [B, K, C, M], K positions in the window.
+
+    Args:
+      x: float32 [B, *spatial, C].
+      right: float32 [B, P, C·M], the gradient with respect to its outputs.
+      window: the convolution's window.
+      multiplier: M.
+    """
+    batch, channels = x.shape[0], x.shape[-1]
+    known = x.shape[1:-1].is_fully_defined() and window.padding in ("same", "valid")
+    if multiplier == 1 and known and window.dilations == (1, 1):
+        return _correlated(x, right, window)
+    outputs = tf.reshape(right, [batch, -1, channels, multiplier])
+    parts = [tf.einsum("bpc,bpcm->bcm", part, outputs) for part in slices(x, window)]
+    return tf.stack(parts, axis=1)
+
+
+def _correlated(x: tf.Tensor, right: tf.Tensor, window: Window) -> tf.Tensor:
+    """By one convolution with all examples' channels side by side, and the gradients as filter."""
+    batch, channels = x.shape[0], x.shape[-1]
+    paddings, counts, spans = [], [], []
+    for length, size, stride in zip(x.shape[1:3], window.size, window.strides, strict=True):
+        same = window.padding == "same"
+        count = -(-length // stride) if same else (length - size) // stride + 1
+        span = (count - 1) * stride + size
+        total = max(span - length, 0)
+        paddings.append([total // 2, total - total // 2])
+        counts.append(count)
+        spans.append(span)
+    x = tf.pad(x, [[0, 0], *paddings, [0, 0]])[:, : spans[0], : spans[1]]
+    x = tf.reshape(tf.transpose(x, [1, 2, 0, 3]), [1, *spans, batch * channels])
+    right = tf.reshape(right, [batch, *counts, channels])
+    filters = tf.reshape(tf.transpose(right, [1, 2, 0, 3]), [*counts, batch * channels, 1])
+    found = tf.nn.depthwise_conv2d(x, filters, [1, 1, 1, 1], "VALID", dilations=window.strides)
+    found = tf.reshape(found, [math.prod(window.size), batch, channels, 1])
+    return tf.transpose(found, [1, 0, 2, 3])
+
+
 def _at_least_zero(n: Any) -> Any:
     return max(n, 0) if isinstance(n, int) else tf.maximum(n, 0)
 

@@ -288,14 +288,9 @@ def _window(layer: Any) -> Window:
 
 def _depthwise(layer: Any, x: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
     """∂ℓ_b/∂K [B, *window, C, M] of a depthwise convolution."""
-    x, right = tf.cast(x, tf.float32), _positions(g)
-    batch, channels = x.shape[0], x.shape[-1]
-    outputs = tf.reshape(right, [batch, -1, channels, layer.depth_multiplier])
-    gradients = [
-        tf.einsum("bpc,bpcm->bcm", part, outputs) for part in forms.slices(x, _window(layer))
-    ]
-    shape = [batch, *layer.kernel_size, channels, layer.depth_multiplier]
-    return tf.reshape(tf.stack(gradients, axis=1), shape)
+    x = tf.cast(x, tf.float32)
+    found = forms.depthwise(x, _positions(g), _window(layer), layer.depth_multiplier)
+    return tf.reshape(found, [x.shape[0], *layer.kernel_size, x.shape[-1], layer.depth_multiplier])
 
 
 def _sum_to(g: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:

@@ -761,11 +761,8 @@ def _depthwise(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> F
     strides, dilations = operation.get_attr("strides"), operation.get_attr("dilations")
     window = Window(tuple(w.shape[:2]), tuple(strides[1:3]), tuple(dilations[1:3]), padding)
     channels, multiplier = int(w.shape[2]), int(w.shape[3])
-    g = tf.reshape(tf.cast(g, tf.float32), [batch.size, -1, channels, multiplier])
-    parts = [
-        tf.einsum("bpc,bpcm->bcm", part, g) for part in forms.slices(tf.cast(x, tf.float32), window)
-    ]
-    return _full(tf.stack(parts, axis=1), w)
+    right = tf.reshape(tf.cast(g, tf.float32), [batch.size, -1, channels * multiplier])
+    return _full(forms.depthwise(tf.cast(x, tf.float32), right, window, multiplier), w)
 
 
 class Shapes(Protocol):
