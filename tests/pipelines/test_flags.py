@@ -212,9 +212,12 @@ def test_candidates_alone_lead_to_the_same_tables(problem, tmp_path, launch, mon
 def test_many_partitions_give_the_tables_of_one(problem, tmp_path, launch, monkeypatch):
     monkeypatch.setattr("tracin_beam.stages.joining.ALL_PAIRS", 0)
     assert launch("influence", **problem.flags(tmp_path / "one")) == 0
-    assert launch("influence", **problem.flags(tmp_path / "many", index_rows=70)) == 0
-    assert len(glob.glob(f"{tmp_path}/many/index/part-*")) == 5
-    pd.testing.assert_frame_equal(influence(tmp_path / "one"), influence(tmp_path / "many"))
+    for rows, parts in ((70, 5), (30, 10)):  # of whole shards, and of halves of them
+        out = tmp_path / f"many-{rows}"
+        flags = problem.flags(out, index_rows=rows, index="scann")
+        assert launch("influence", **flags) == 0
+        assert len(glob.glob(f"{out}/index/part-*")) == parts
+        pd.testing.assert_frame_equal(influence(tmp_path / "one"), influence(out))
 
 
 def test_fewer_training_examples_than_rows_asked_for(problem, tmp_path, launch):
