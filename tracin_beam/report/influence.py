@@ -4,19 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 
-from tracin_beam.report import view
+from tracin_beam.report import pages, view
 from tracin_beam.report.show import Shown
-
-_PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("tracin_beam.report"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 @dataclass(frozen=True)
@@ -53,33 +44,47 @@ def influence_page(
     Returns:
         A whole HTML document that refers to nothing outside itself.
     """
+    context = influence_context(
+        rows,
+        shown,
+        run,
+        label_names=label_names,
+        max_tests=max_tests,
+        tests_in_table=tests_in_table,
+    )
+    return pages.render("influence.html", context, run)
+
+
+def influence_context(
+    rows: pa.Table,
+    shown: Mapping[tuple[str, int], Shown],
+    run: Mapping[str, Any],
+    *,
+    label_names: Sequence[str] | None,
+    max_tests: int,
+    tests_in_table: int | None,
+) -> dict[str, Any]:
+    """What `influence.html` needs besides what all pages do; the arguments of `influence_page`."""
     read = view.reading(rows, run, label_names)
     tests = view.explanations(rows, read, max_tests=max_tests)
     influences = [one for test in tests for one in test.proponents + test.opponents]
-    config = run.get("config") or {}
-    return _PAGES.get_template("influence.html").render(
-        tests=tests,
-        tests_in_table=view.count_tests(rows) if tests_in_table is None else tests_in_table,
-        any_wrong=any(test.wrong for test in tests),
-        any_bars=any(len(one.by_checkpoint) > 1 for one in influences),
-        any_differs=any(one.label_differs for one in influences),
-        exact=view.is_exact(rows),
-        target=view.printable(config.get("target") or "loss"),
-        facts=view.run_facts(run),
-        config={view.printable(k): view.printable(v) for k, v in config.items() if v is not None},
-        versions=", ".join(
-            f"{view.printable(k)} {view.printable(v)}"
-            for k, v in (run.get("versions") or {}).items()
-        ),
-        shown=shown,
-        number=view.number,
-        bars=_bars,
-        by_checkpoint=lambda influence: _by_checkpoint(influence, run.get("checkpoints") or []),
-        is_pictures=lambda influences: any(
+    target = (run.get("config") or {}).get("target")
+    return {
+        "tests": tests,
+        "tests_in_table": view.count_tests(rows) if tests_in_table is None else tests_in_table,
+        "any_wrong": any(test.wrong for test in tests),
+        "any_bars": any(len(one.by_checkpoint) > 1 for one in influences),
+        "any_differs": any(one.label_differs for one in influences),
+        "exact": view.is_exact(rows),
+        "target": view.printable(target or "loss"),
+        "shown": shown,
+        "bars": _bars,
+        "by_checkpoint": lambda influence: _by_checkpoint(influence, run.get("checkpoints") or []),
+        "is_pictures": lambda influences: any(
             (it := shown.get(influence.place)) is not None and it.kind == "image"
             for influence in influences
         ),
-    )
+    }
 
 
 def _bars(influence: view.Influence, influences: Sequence[view.Influence]) -> list[_Bar]:
