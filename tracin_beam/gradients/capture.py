@@ -486,7 +486,7 @@ def _recorded(
             return call(*args, **kwargs)
         first = recording.graph.version + 1
         inputs = args[0] if args else None
-        if rule is not None and tf.is_tensor(inputs) and recording.leads(inputs):
+        if rule is not None and tf.is_symbolic_tensor(inputs) and recording.leads(inputs):
             own = [(v, tf.identity(recording.value_of[id(v)])) for v in layer.variables]
             with keras.StatelessScope(own), _without_activation(layer) as activation:
                 outputs = call(*args, **kwargs)
@@ -523,7 +523,7 @@ def _looped(layer: Any, loop: Callable[..., Any], recording: _Recording) -> Call
         sequences: Any, initial_state: Any, mask: Any = None, training: bool = False
     ) -> Any:
         inside = tf.compat.v1.get_default_graph() is recording.graph
-        usable = inside and tf.is_tensor(sequences) and recording.leads(sequences)
+        usable = inside and tf.is_symbolic_tensor(sequences) and recording.leads(sequences)
         if not usable or not recording.clean(layer.variables):
             return loop(
                 sequences=sequences, initial_state=initial_state, mask=mask, training=training
@@ -756,7 +756,7 @@ def _composites(structure: Any) -> list[Any]:
 
 
 def _tensors(structure: Any) -> list[tf.Tensor]:
-    return [x for x in tf.nest.flatten(structure) if isinstance(x, tf.Tensor)]
+    return [x for x in tf.nest.flatten(structure) if tf.is_symbolic_tensor(x)]
 
 
 def _float_tensors(structure: Any) -> list[tf.Tensor]:
@@ -775,7 +775,7 @@ def _of_frame(
     if not known:
         return {}
     given = tf.nest.flatten(frame.arguments)
-    places = [i for i, x in enumerate(given) if isinstance(x, tf.Tensor) and recorded.leads(x)]
+    places = [i for i, x in enumerate(given) if tf.is_symbolic_tensor(x) and recorded.leads(x)]
     weights = [model.weights[i] for i in chosen]
 
     def product(example: list[tf.Tensor]) -> list[tf.Tensor]:

@@ -403,7 +403,7 @@ def depthwise(x: tf.Tensor, right: tf.Tensor, window: Window, multiplier: int) -
     """
     batch, channels = x.shape[0], x.shape[-1]
     known = x.shape[1:-1].is_fully_defined() and window.padding in ("same", "valid")
-    if multiplier == 1 and known and window.dilations == (1, 1):
+    if multiplier == 1 and known and window.dilations == (1, 1) and x.shape.rank == 4:
         return _correlated(x, right, window)
     outputs = tf.reshape(right, [batch, -1, channels, multiplier])
     parts = [tf.einsum("bpc,bpcm->bcm", part, outputs) for part in slices(x, window)]
