@@ -364,7 +364,7 @@ def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
       there: its files, listed before that was certain.
       units: of this run.
     """
-    folders = [output.path(name) + "/" for name in _FOLDERS]
+    folders = [*(output.path(name) + "/" for name in _FOLDERS), output.path(".run.json.")]
     mine = [path for path in there if path.startswith(tuple(folders))]
     unfinished = {p for p in mine if os.path.basename(p).startswith(".") and p.endswith(".tmp")}
     wanted = {output.unit(unit) for unit in units}
