@@ -47,18 +47,18 @@ def save_checkpoint(
         'own/00002000.weights.h5'
 
     Args:
-        directory: a path on any file system that Beam knows.
-        model: a built model. `UserWarning` if a file of its weights leaves some out.
-        step: how many steps have been taken, over all stages of the training.
-        learning_rate: of the last step; a number, or a scalar tensor or variable.
-        epoch: how many epochs have been, if that is to be listed.
+      directory: a path on any file system that Beam knows.
+      model: a built model. `UserWarning` if a file of its weights leaves some out.
+      step: how many steps have been taken, over all stages of the training.
+      learning_rate: of the last step; a number, or a scalar tensor or variable.
+      epoch: how many epochs have been, if that is to be listed.
 
     Returns:
-        The path of the weights.
+      The path of the weights.
 
     Raises:
-        InputError: the directory lists this step or a later one, or the learning rate is no finite
-            number of at least 0.
+      InputError: the directory lists this step or a later one, or the learning rate is no finite
+        number of at least 0.
     """
     if isinstance(step, bool) or int(step) != step or step < 0:
         raise InputError(f"step must be a whole number of at least 0, not {step!r}")
@@ -143,20 +143,20 @@ class TracInCheckpoint(keras.callbacks.Callback):
         ['00000002.weights.h5', '00000004.weights.h5', 'checkpoints.json']
 
     Args:
-        directory: a path on any file system that Beam knows.
-        save_freq: "epoch" to save after each epoch; or a number of batches, and then the final step
-            is saved as well. As `keras.callbacks.ModelCheckpoint`, it counts on over epochs, and
-            with `steps_per_execution` looks only after each execution.
-        optimizer: the one that trains the weights that count, if not `model.optimizer`, as in a
-            `train_step` of one's own.
-        learning_rate: to be listed instead of the optimizer's: a number, or a function of how many
-            steps were taken before, as a `LearningRateSchedule`. Needed where no Keras optimizer
-            counts steps: then batches are counted.
+      directory: a path on any file system that Beam knows.
+      save_freq: "epoch" to save after each epoch; or a number of batches, and then the final step
+        is saved as well. As `keras.callbacks.ModelCheckpoint`, it counts on over epochs, and
+        with `steps_per_execution` looks only after each execution.
+      optimizer: the one that trains the weights that count, if not `model.optimizer`, as in a
+        `train_step` of one's own.
+      learning_rate: to be listed instead of the optimizer's: a number, or a function of how many
+        steps were taken before, as a `LearningRateSchedule`. Needed where no Keras optimizer
+        counts steps: then batches are counted.
 
     Raises:
-        InputError: from `fit`: the directory holds the checkpoints of another training, the
-            optimizer is not the one that trains, or another callback has changed the weights
-            before they could be saved.
+      InputError: from `fit`: the directory holds the checkpoints of another training, the
+        optimizer is not the one that trains, or another callback has changed the weights
+        before they could be saved.
     """
 
     def __init__(

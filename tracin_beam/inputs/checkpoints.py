@@ -47,20 +47,20 @@ def read_checkpoints(
     """Finds the checkpoints of a training run, in training order.
 
     Args:
-        spec: a directory that `TracInCheckpoint` or `save_checkpoint` wrote; or a glob, or a comma
-            separated list, of `.weights.h5` or `.keras` files. A list of paths is in training
-            order. What a glob finds is put in the order of the steps that the files know (those
-            that this package wrote do, others from their optimizer), or else of their names with
-            numbers taken as numbers; then `step` is the first number in their base names if that
-            rises strictly, else 1, 2, ...
-        learning_rate: one for all checkpoints, or one for each in training order. Needed for
-            `.weights.h5` files of others; `.keras` files know theirs, unless its schedule is not
-            Keras's own.
+      spec: a directory that `TracInCheckpoint` or `save_checkpoint` wrote; or a glob, or a comma
+        separated list, of `.weights.h5` or `.keras` files. A list of paths is in training
+        order. What a glob finds is put in the order of the steps that the files know (those
+        that this package wrote do, others from their optimizer), or else of their names with
+        numbers taken as numbers; then `step` is the first number in their base names if that
+        rises strictly, else 1, 2, ...
+      learning_rate: one for all checkpoints, or one for each in training order. Needed for
+        `.weights.h5` files of others; `.keras` files know theirs, unless its schedule is not
+        Keras's own.
 
     Raises:
-        InputError: there is no checkpoint, one cannot be read, its learning rate is not known or
-            not a number from 0 to a million, or all are 0; two have the same step or are the same
-            file; or their order is not certain.
+      InputError: there is no checkpoint, one cannot be read, its learning rate is not known or
+        not a number from 0 to a million, or all are 0; two have the same step or are the same
+        file; or their order is not certain.
     """
     if files.exists(listing := files.join(spec, LISTING)):
         checkpoints = _read_listing(spec, listing, learning_rate)
@@ -136,7 +136,7 @@ def read_entries(directory: str) -> list[dict[str, Any]]:
     """The entries of a directory's checkpoints.json, each checked for its keys' types.
 
     Raises:
-        InputError: naming the entry and the key that is missing or wrong.
+      InputError: naming the entry and the key that is missing or wrong.
     """
     listing = files.join(directory, LISTING)
     entries = files.read_json(listing)
@@ -191,7 +191,7 @@ def checked_rate(rate: Any, where: str) -> float:
     """A learning rate as a float, if it is one that a training may have.
 
     Raises:
-        InputError: it is not, or not known; the message says of what (`where`).
+      InputError: it is not, or not known; the message says of what (`where`).
     """
     if rate is None:
         raise InputError(f"No learning rate is known for {where}: give it with --learning_rate")
@@ -351,7 +351,7 @@ def read_notes(path: str) -> dict[str, Any]:
     """What `weights.save` noted in a file: its step, learning rate and others; of others nothing.
 
     Raises:
-        InputError: the file is damaged.
+      InputError: the file is damaged.
     """
     return _header(path)[0]
 

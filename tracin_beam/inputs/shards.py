@@ -40,7 +40,7 @@ class Parser:
     'string'.
 
     Raises:
-        InputError: a field is not made of such pairs.
+      InputError: a field is not made of such pairs.
 
     Example:
 
@@ -78,14 +78,14 @@ class Parser:
         """Parses a batch of records, also inside a `tf.function`.
 
         Args:
-            serialized: `tf.string` [B] of serialized `tf.train.Example`s.
+          serialized: `tf.string` [B] of serialized `tf.train.Example`s.
 
         Returns:
-            The fields that the records have, with a leading dimension B, nested as they were
-            written.
+          The fields that the records have, with a leading dimension B, nested as they were
+          written.
 
         Raises:
-            tf.errors.InvalidArgumentError: a record lacks a field or has another shape.
+          tf.errors.InvalidArgumentError: a record lacks a field or has another shape.
         """
         import tensorflow as tf
 
@@ -114,28 +114,28 @@ def write_shards(
     strings.
 
     Args:
-        data: one of
-            - a dict with `features`, and where known `label`, `id` (strings or integers) and
-              `sample_weight`. Each is an array of N examples, or a dict or a tuple of such arrays;
-            - a tuple `(features, label, sample_weight)`, of which the last one or two may be left
-              out;
-            - a `tf.data.Dataset` of such dicts or tuples, one example each and all of one shape. It
-              is streamed; one of unknown length is first read once to count;
-            - a pandas DataFrame. Its columns `label`, `id` and `sample_weight` are these fields,
-              the others a dict of features.
-        pattern: the shards' path on any file system that Beam knows, with one `*` that becomes
-            "00000-of-00004" and so on.
-        shards: how many; by default as many as keep each to 10,000 examples.
-        compression: None, or "gzip".
-        label_column: the DataFrame's column of labels, if it is not `label`.
+      data: one of
+        - a dict with `features`, and where known `label`, `id` (strings or integers) and
+          `sample_weight`. Each is an array of N examples, or a dict or a tuple of such arrays;
+        - a tuple `(features, label, sample_weight)`, of which the last one or two may be left
+          out;
+        - a `tf.data.Dataset` of such dicts or tuples, one example each and all of one shape. It
+          is streamed; one of unknown length is first read once to count;
+        - a pandas DataFrame. Its columns `label`, `id` and `sample_weight` are these fields,
+          the others a dict of features.
+      pattern: the shards' path on any file system that Beam knows, with one `*` that becomes
+        "00000-of-00004" and so on.
+      shards: how many; by default as many as keep each to 10,000 examples.
+      compression: None, or "gzip".
+      label_column: the DataFrame's column of labels, if it is not `label`.
 
     Returns:
-        The parser of these records. Paste its repr into the task file.
+      The parser of these records. Paste its repr into the task file.
 
     Raises:
-        InputError: there are no examples or no features, lengths or shapes differ, a dtype cannot
-            be stored, `pattern` has not exactly one `*`, or it matches shards of another number
-            that would mix with the new ones.
+      InputError: there are no examples or no features, lengths or shapes differ, a dtype cannot
+        be stored, `pattern` has not exactly one `*`, or it matches shards of another number
+        that would mix with the new ones.
 
     Example:
 

@@ -37,8 +37,8 @@ def outside(model: keras.Model, numbers: bool = True) -> Outside:
     The statistics of a Normalization are left out: they are read from its variables.
 
     Args:
-        model: a built model.
-        numbers: whether Python's numbers are looked at too, which may be arbitrary seeds.
+      model: a built model.
+      numbers: whether Python's numbers are looked at too, which may be arbitrary seeds.
     """
     found: Outside = {}
     for place, layer in enumerate(model._flatten_layers()):

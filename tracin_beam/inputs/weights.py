@@ -198,9 +198,9 @@ def save(model: keras.Model, path: str, notes: Mapping[str, Any]) -> None:
     """Writes a `.weights.h5` file that Keras reads, with its variables' names and notes.
 
     Args:
-        model: a built model. Its optimizer's state is saved with it.
-        path: on any file system; the file appears there whole or not at all.
-        notes: plain values, which `checkpoints.read_notes` gives back.
+      model: a built model. Its optimizer's state is saved with it.
+      path: on any file system; the file appears there whole or not at all.
+      notes: plain values, which `checkpoints.read_notes` gives back.
     """
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "model" + WEIGHTS)
@@ -423,7 +423,7 @@ class WeightsLoader:
     optimizers and metrics too.
 
     Raises:
-        InputError: the model is not built.
+      InputError: the model is not built.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -479,10 +479,10 @@ class WeightsLoader:
         """Sets the model's weights from a file on any file system.
 
         Raises:
-            InputError: the file is missing or damaged; its variables are not the model's, which
-                the message lists with their shapes; or names and places contradict each other: the
-                model stays as it is. Or the model has variables that no weights file holds, or a
-                weight is NaN or infinite.
+          InputError: the file is missing or damaged; its variables are not the model's, which
+            the message lists with their shapes; or names and places contradict each other: the
+            model stays as it is. Or the model has variables that no weights file holds, or a
+            weight is NaN or infinite.
         """
         check_suffix(path)
         with _open(path) as file:

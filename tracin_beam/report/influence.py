@@ -33,16 +33,16 @@ def influence_page(
     """Makes the page: every test example with the training examples that influenced it most.
 
     Args:
-        rows: the influence table, or what is shown of it.
-        shown: what to show of an example, by (shard, position); `view.places_shown` says which ones
-            the page has room for. Of any other example it shows the id alone.
-        run: what run.json holds. Whatever is missing or null is left out of the page.
-        label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
-        max_tests: how many test examples to show; wrong predictions come first.
-        tests_in_table: how many the whole table explains, if `rows` are not all.
+      rows: the influence table, or what is shown of it.
+      shown: what to show of an example, by (shard, position); `view.places_shown` says which ones
+        the page has room for. Of any other example it shows the id alone.
+      run: what run.json holds. Whatever is missing or null is left out of the page.
+      label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
+      max_tests: how many test examples to show; wrong predictions come first.
+      tests_in_table: how many the whole table explains, if `rows` are not all.
 
     Returns:
-        A whole HTML document that refers to nothing outside itself.
+      A whole HTML document that refers to nothing outside itself.
     """
     context = influence_context(
         rows,

@@ -22,9 +22,9 @@ class Shown:
     """What a report shows for one example.
 
     Attributes:
-        kind: "image" or "text".
-        content: for an image a `data:image/png;base64,…` URI, for text the text itself, unescaped.
-        pixelated: the image is so small that it is to be enlarged without smoothing.
+      kind: "image" or "text".
+      content: for an image a `data:image/png;base64,…` URI, for text the text itself, unescaped.
+      pixelated: the image is so small that it is to be enlarged without smoothing.
     """
 
     kind: Literal["image", "text"]
@@ -40,9 +40,9 @@ def show_features(features: Any, raw: bytes) -> Shown:
     (models mostly get token ids, whose text often still stands beside them); failing that, numbers.
 
     Args:
-        features: one example's parsed features without a batch dimension: an array, or a mapping or
-            sequence of arrays. Numbers of any dtype, or strings as `bytes` or `str`.
-        raw: the serialized record, looked into only if `features` is neither a picture nor text.
+      features: one example's parsed features without a batch dimension: an array, or a mapping or
+        sequence of arrays. Numbers of any dtype, or strings as `bytes` or `str`.
+      raw: the serialized record, looked into only if `features` is neither a picture nor text.
     """
     named = _named(features)
     for array in named.values():

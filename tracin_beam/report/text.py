@@ -21,14 +21,14 @@ def influence_summary(
     """Writes some test examples, each with its strongest influences, and then the run's facts.
 
     Args:
-        rows: the influence table, or what is shown of it.
-        run: what run.json holds. Whatever is missing or null is left out.
-        label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
-        max_tests: how many test examples to show; wrong predictions come first.
-        tests_in_table: how many the whole table explains, if `rows` are not all.
+      rows: the influence table, or what is shown of it.
+      run: what run.json holds. Whatever is missing or null is left out.
+      label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
+      max_tests: how many test examples to show; wrong predictions come first.
+      tests_in_table: how many the whole table explains, if `rows` are not all.
 
     Returns:
-        Lines of plain text without control characters, whatever ids and labels hold.
+      Lines of plain text without control characters, whatever ids and labels hold.
     """
     read = view.reading(rows, run, label_names)
     tests = view.explanations(rows, read, max_tests=max_tests)

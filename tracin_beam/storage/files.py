@@ -39,10 +39,10 @@ class Stamp:
     """What tells a file's content from any other.
 
     Attributes:
-        size: in bytes.
-        checksum: its CRC-32C, as `Crc` writes it.
-        version: what its file system says of the content, so that it need not be read to be
-            compared; "" where that says nothing.
+      size: in bytes.
+      checksum: its CRC-32C, as `Crc` writes it.
+      version: what its file system says of the content, so that it need not be read to be
+        compared; "" where that says nothing.
     """
 
     size: int
@@ -103,7 +103,7 @@ def join(base: str, *parts: str) -> str:
     """Joins path components as the file system of `base` does.
 
     Raises:
-        InputError: that file system is unknown.
+      InputError: that file system is unknown.
     """
     try:
         return FileSystems.join(base, *parts)
@@ -126,7 +126,7 @@ def exists(path: str) -> bool:
     """Whether there is a file, or where the file system has such a directory, at `path`.
 
     Raises:
-        OSError: the file system does not say.
+      OSError: the file system does not say.
     """
     with _os_errors(path):
         return FileSystems.exists(path)
@@ -136,11 +136,11 @@ def list_folder(folder: str, *, deep: bool = False) -> list[FileInfo]:
     """The files in a folder of ours, whatever its name, hidden ones too; none if there is none.
 
     Args:
-        folder: its path, which is no pattern.
-        deep: whether the files in folders within are listed too.
+      folder: its path, which is no pattern.
+      deep: whether the files in folders within are listed too.
 
     Returns:
-        The files, sorted by path.
+      The files, sorted by path.
     """
     if is_local(folder):
         found = []
@@ -187,8 +187,8 @@ def checksum(path: str) -> str:
     """Identifies a file's content.
 
     Returns:
-        The CRC-32C of a local file, as `Crc` writes it; elsewhere the checksum the file system
-        keeps.
+      The CRC-32C of a local file, as `Crc` writes it; elsewhere the checksum the file system
+      keeps.
     """
     if not is_local(path):
         with _os_errors(path):
@@ -200,7 +200,7 @@ def size(path: str) -> int:
     """Of a file, in bytes.
 
     Raises:
-        OSError: it is not there.
+      OSError: it is not there.
     """
     if is_local(path):
         return os.path.getsize(path)
@@ -215,7 +215,7 @@ def signature(path: str) -> str:
     set; elsewhere the checksum the file system keeps.
 
     Raises:
-        OSError: it is not there.
+      OSError: it is not there.
     """
     if not is_local(path):
         return checksum(path)
@@ -243,7 +243,7 @@ def difference(path: str, known: Stamp) -> str:
     A remote file whose file system says that its content is the same is not read.
 
     Raises:
-        OSError: the file system does not say.
+      OSError: the file system does not say.
     """
     if not exists(path):
         return "it is missing"
@@ -278,7 +278,7 @@ def open_read(path: str) -> BinaryIO:
     """Opens a file for reading its raw bytes, never decompressed whatever its suffix.
 
     Raises:
-        OSError: it cannot be opened.
+      OSError: it cannot be opened.
     """
     if is_local(path):
         _require_regular(path)
@@ -305,7 +305,7 @@ class Writing:
     """A binary handle that counts and checks what goes through it.
 
     Attributes:
-        stamp: of the whole file, once it is under its name.
+      stamp: of the whole file, once it is under its name.
     """
 
     stamp: Stamp
@@ -332,8 +332,8 @@ def atomic_write(path: str) -> Iterator[Any]:
     `stamp` of what was written.
 
     Raises:
-        InputError: the disk is full, the name too long, or the place forbidden.
-        OSError: it cannot be written for another reason.
+      InputError: the disk is full, the name too long, or the place forbidden.
+      OSError: it cannot be written for another reason.
     """
     folder, name = FileSystems.split(path)
     temporary = join(folder, f".{_cut(name)}.{uuid.uuid4().hex}.tmp")
@@ -432,7 +432,7 @@ def read_json(path: str) -> Any:
     """Reads a JSON file.
 
     Raises:
-        InputError: the file is not JSON.
+      InputError: the file is not JSON.
     """
     with open_read(path) as handle:
         return parse_json(handle.read(), path)
@@ -457,10 +457,10 @@ def fits(value: Any, shape: Any) -> bool:
     """Whether a value that came from JSON has a shape.
 
     Args:
-        value: made of dicts, lists, strings, numbers, bools and None.
-        shape: a type, or several with `|`; a list of one shape, for a list of any length; a tuple
-            of shapes, for a list of so many; a dict of shapes by key, for a dict that has these
-            keys at least; or `{str: shape}`, for a dict of any keys.
+      value: made of dicts, lists, strings, numbers, bools and None.
+      shape: a type, or several with `|`; a list of one shape, for a list of any length; a tuple
+        of shapes, for a list of so many; a dict of shapes by key, for a dict that has these
+        keys at least; or `{str: shape}`, for a dict of any keys.
     """
     if isinstance(shape, dict):
         if not isinstance(value, dict):

@@ -32,11 +32,11 @@ def match(pattern: str) -> list[FileInfo]:
     when the pattern's own base name starts with a dot.
 
     Returns:
-        The files, each once, sorted by path.
+      The files, each once, sorted by path.
 
     Raises:
-        InputError: a pattern matches nothing, something that is no file, or a name that is not
-            printable, or its file system is unknown.
+      InputError: a pattern matches nothing, something that is no file, or a name that is not
+        printable, or its file system is unknown.
     """
     patterns = split(pattern)
     if not patterns:

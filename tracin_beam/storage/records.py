@@ -93,11 +93,11 @@ def read_records(path: str, crc: Crc | None = None) -> Iterator[Record | BadReco
     Holds about one record, or 1 MiB, in memory.
 
     Args:
-        path: of the file.
-        crc: takes all bytes of the file as they are read, and is that of the file at the end.
+      path: of the file.
+      crc: takes all bytes of the file as they are read, and is that of the file at the end.
 
     Raises:
-        InputError: the file has content but no record, so it is not a TFRecord file.
+      InputError: the file has content but no record, so it is not a TFRecord file.
     """
     with open_read(path) as opened:
         handle = opened if crc is None else _Checked(opened, crc)
@@ -133,7 +133,7 @@ def read_pieces(path: str) -> Iterator[Piece]:
     For files that we wrote ourselves: damage is an error and not a record, and no record is copied.
 
     Raises:
-        DamageError: the file is damaged.
+      DamageError: the file is damaged.
     """
     unpack_header, unpack_crc, crc32c = _HEADER.unpack, _CRC.unpack_from, google_crc32c.value
     lengths: dict[bytes, int] = {}  # by header, of which most are the same
@@ -203,8 +203,8 @@ class _Inflated:
         """Some bytes, `size` at most; none at the end.
 
         Raises:
-            zlib.error: the stream is corrupt.
-            EOFError: it ends before its end.
+          zlib.error: the stream is corrupt.
+          EOFError: it ends before its end.
         """
         while not self._inflate.eof:
             packed = self._inflate.unconsumed_tail or self._handle.read(_CHUNK)
