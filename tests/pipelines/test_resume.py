@@ -343,14 +343,16 @@ def test_a_damaged_index_is_made_again(made, capfd):
     scann = sorted((made.out / "index/part-00000").glob("scann*/*"), key=lambda p: p.stat().st_size)
     zeroed(scann[-1])
     of_another_shape(made.out / "index/part-00001/partition.json")
-    a_list(made.out / "index/plan.json")
-    for path in (made.out / "evaluation/test").glob("train-[12]*.parquet"):
+    for path in (made.out / "evaluation/test").glob("group-*.parquet"):
         zeroed(path)
     assert changed(made, top_k=99)[0] == set()
     said = capfd.readouterr().err
     assert "part-00000" in said
-    assert "plan.json is not as it was written" in said
+    assert "part-00001" in said
     assert "evaluation/test" in said
+    a_list(made.out / "index/plan.json")
+    assert changed(made, top_k=98)[0] == set()
+    assert "plan.json is not as it was written" in capfd.readouterr().err
 
 
 def test_tables_of_a_run_with_other_flags_that_was_killed(made, pipeline_options):
