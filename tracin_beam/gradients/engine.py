@@ -691,7 +691,7 @@ class Engine:
     def _function(self, kind: str, target: str) -> Callable[..., Any]:
         key = (kind, target)
         # Not within the lock's and the other thread's work, which would wait for one another.
-        _ = self.batch_size
+        _ = self._found
         with self._lock:
             if key not in self._functions:
                 self._functions[key] = in_keras_thread(lambda: self._trace(kind, target))
