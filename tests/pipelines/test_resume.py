@@ -104,7 +104,7 @@ def test_killed_while_it_embeds(tiny, pipeline_options):
         ("influence", "tracin_beam.stages.index", "build", 2),
         ("influence", "tracin_beam.storage.tables", "write", 2),  # of an index partition's rows
         ("influence", "tracin_beam.report.write", "write_influence_report", 1),
-        ("self_influence", "tracin_beam.storage.tables", "write", 3),
+        ("self_influence", "tracin_beam.storage.sinks", "write_parquet", 3),
     ],
 )
 def test_killed_later(tiny, pipeline_options, stage, module, name, calls):

@@ -13,9 +13,12 @@ import pyarrow as pa
 from tracin_beam._version import __version__
 from tracin_beam.signals import registry
 from tracin_beam.signals.registry import Rows, Signal, Statistic
-from tracin_beam.storage import embeddings, files, marks, runs, tables
+from tracin_beam.storage import embeddings, files, marks, runs, sinks, tables
 from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.runs import CheckpointFile, Made, Output, ShardResult
+
+# Of a table, held at a time: each piece is a row group of its own, which readers want long.
+_PIECE_ROWS = 65_536
 
 # What tells which example a row is of, before and after the signals.
 _BEFORE = (("id", pa.string()), ("label", pa.float64()), ("prediction", pa.float64()))
@@ -136,7 +139,7 @@ class WriteSelfInfluence(beam.DoFn):
         files.remove([mark, output.done("self_influence")])
         stamp = self._copied(kept["files"], wanted) if kept else None
         if stamp is None:
-            stamp = tables.write(wanted, self._table(result, statistics))
+            stamp = sinks.write_parquet(wanted, schema(), self._pieces(result, statistics))
         marks.write(mark, output.root, fingerprint, {wanted: stamp})
         yield wanted, stamp
 
@@ -149,14 +152,18 @@ class WriteSelfInfluence(beam.DoFn):
             return None
         return stamp if (stamp.size, stamp.checksum) == (known.size, known.checksum) else None
 
-    def _table(self, result: ShardResult, statistics: Mapping[str, Any]) -> pa.Table:
+    def _pieces(self, result: ShardResult, statistics: Mapping[str, Any]) -> Iterator[pa.Table]:
+        """The rows of a shard's table, some thousand at a time."""
         output = self._output
         paths = [output.embeddings(runs.TRAIN, c.step, result.shard) for c in self._checkpoints]
-        parts = [
-            table_of(part, self._checkpoints, result.shard.path, statistics)
-            for part in embeddings.read_checkpoints(paths, result.excluded)
-        ]
-        return pa.concat_tables(parts or [schema().empty_table()])
+        waiting: list[pa.Table] = []
+        for parts in embeddings.read_checkpoints(paths, result.excluded):
+            waiting.append(table_of(parts, self._checkpoints, result.shard.path, statistics))
+            if sum(map(len, waiting)) >= _PIECE_ROWS:
+                yield pa.concat_tables(waiting)
+                waiting = []
+        if waiting:
+            yield pa.concat_tables(waiting)
 
 
 @dataclasses.dataclass
