@@ -94,7 +94,8 @@ class FinishedRun:
 
     def _page(self, rows: "pa.Table") -> str:
         """The report of some rows' first test example, as a whole page."""
-        from tracin_beam.report import view, write
+        from tracin_beam.report import write
+        from tracin_beam.report.explanations import places_shown, reading
         from tracin_beam.report.influence import influence_page
 
         names, shown, state = None, {}, self.info
@@ -102,16 +103,16 @@ class FinishedRun:
             from tracin_beam.gradients.engine import BatchParser
 
             names = self.task.label_names
-            places = view.places_shown(rows, view.reading(rows, state, names), max_tests=1)
+            places = places_shown(rows, reading(rows, state, names), max_tests=1)
             shown = write.shown_at(BatchParser(self.task), places)
         return influence_page(rows, shown, state, label_names=names, max_tests=1)
 
     def _repr_html_(self) -> str:
-        from tracin_beam.report import view
+        from tracin_beam.report.facts import run_facts
 
         rows = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in [("Output", self.output), *view.run_facts(self.info)]
+            for name, value in [("Output", self.output), *run_facts(self.info)]
         )
         return f"<table>{rows}</table>"
 

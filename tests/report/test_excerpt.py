@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 
 from tracin_beam.errors import InputError
-from tracin_beam.report import excerpt, view
+from tracin_beam.report import excerpt, explanations
 from tracin_beam.storage import tables
 
 CLASSES = {"kind": {"name": "classification"}}
@@ -48,12 +48,12 @@ def folder(tmp_path):
 def test_what_is_shown_is_what_the_whole_table_would_show(folder, count):
     found = excerpt.read(folder, CLASSES, None, count)
     whole = tables.read_folder(folder)
-    read = view.reading(whole, CLASSES, None)
-    assert found.tests == view.count_tests(whole) == 12
-    assert view.explanations(found.rows, read, max_tests=count) == view.explanations(
+    read = explanations.reading(whole, CLASSES, None)
+    assert found.tests == explanations.count_tests(whole) == 12
+    assert explanations.arrange(found.rows, read, max_tests=count) == explanations.arrange(
         whole, read, max_tests=count
     )
-    assert view.count_tests(found.rows) == min(count, 12)
+    assert explanations.count_tests(found.rows) == min(count, 12)
 
 
 def test_a_folder_without_a_table(tmp_path):

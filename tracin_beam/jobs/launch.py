@@ -104,7 +104,7 @@ def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[
 
 def say(prog: str, error: Exception) -> None:
     """Says on stderr what has to be mended."""
-    from tracin_beam.report.view import printable
+    from tracin_beam.report.words import printable
 
     print(f"{prog}: " + "\n".join(map(printable, str(error).splitlines())), file=sys.stderr)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tracin_beam.report import view
+from tracin_beam.report import explanations
 from tracin_beam.storage import files, tables
 
 _COLUMNS = ["role", "rank", "test_position", "test_label", "test_prediction"]
@@ -46,7 +46,7 @@ def read(
     paths = tables.paths(folder)
     with files.local_copy(paths[0]) as local:
         empty = pq.read_schema(local).empty_table()
-    reading = view.reading(empty, run, label_names)
+    reading = explanations.reading(empty, run, label_names)
     wrong: list[tuple[str, int]] = []
     right: list[tuple[str, int]] = []
     tests = 0
@@ -56,7 +56,7 @@ def read(
             for position, label, prediction in zip(positions, labels, predictions, strict=True):
                 if len(wrong) >= max_tests:
                     break
-                fails = view.is_wrong(reading, prediction, label)
+                fails = explanations.is_wrong(reading, prediction, label)
                 if fails or len(right) < max_tests:
                     (wrong if fails else right).append((path, position))
     chosen = [*wrong, *right][:max_tests]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from tracin_beam.report import pages, view
+from tracin_beam.report import explanations, pages, words
+from tracin_beam.report.explanations import Influence, count_tests
 from tracin_beam.report.show import Shown
 
 
@@ -34,8 +35,8 @@ def influence_page(
 
     Args:
       rows: the influence table, or what is shown of it.
-      shown: what to show of an example, by (shard, position); `view.places_shown` says which ones
-        the page has room for. Of any other example it shows the id alone.
+      shown: what to show of an example, by (shard, position); `explanations.places_shown` says
+        which ones the page has room for. For any other example the page shows the id alone.
       run: what run.json holds. Whatever is missing or null is left out of the page.
       label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
       max_tests: how many test examples to show; wrong predictions come first.
@@ -65,18 +66,18 @@ def influence_context(
     tests_in_table: int | None,
 ) -> dict[str, Any]:
     """What `influence.html` needs besides what all pages do; the arguments of `influence_page`."""
-    read = view.reading(rows, run, label_names)
-    tests = view.explanations(rows, read, max_tests=max_tests)
+    read = explanations.reading(rows, run, label_names)
+    tests = explanations.arrange(rows, read, max_tests=max_tests)
     influences = [one for test in tests for one in test.proponents + test.opponents]
     target = (run.get("config") or {}).get("target")
     return {
         "tests": tests,
-        "tests_in_table": view.count_tests(rows) if tests_in_table is None else tests_in_table,
+        "tests_in_table": count_tests(rows) if tests_in_table is None else tests_in_table,
         "any_wrong": any(test.wrong for test in tests),
         "any_bars": any(len(one.by_checkpoint) > 1 for one in influences),
         "any_differs": any(one.label_differs for one in influences),
-        "exact": view.is_exact(rows),
-        "target": view.printable(target or "loss"),
+        "exact": explanations.is_exact(rows),
+        "target": words.printable(target or "loss"),
         "shown": shown,
         "bars": _bars,
         "by_checkpoint": lambda influence: _by_checkpoint(influence, run.get("checkpoints") or []),
@@ -87,7 +88,7 @@ def influence_context(
     }
 
 
-def _bars(influence: view.Influence, influences: Sequence[view.Influence]) -> list[_Bar]:
+def _bars(influence: Influence, influences: Sequence[Influence]) -> list[_Bar]:
     """Bars for one score, to one scale for all `influences`; none for a single checkpoint."""
     if len(influence.by_checkpoint) < 2:
         return []
@@ -106,13 +107,13 @@ def _bars(influence: view.Influence, influences: Sequence[view.Influence]) -> li
     ]
 
 
-def _by_checkpoint(influence: view.Influence, checkpoints: Sequence[Mapping[str, Any]]) -> str:
+def _by_checkpoint(influence: Influence, checkpoints: Sequence[Mapping[str, Any]]) -> str:
     """The bars in words: "step 100: +1.25, step 200: +0.3102"."""
     steps = [checkpoint.get("step") for checkpoint in checkpoints]
     if len(steps) != len(influence.by_checkpoint) or None in steps:
         steps = []
     return ", ".join(
         (f"step {steps[index]:,}" if steps else f"checkpoint {index + 1}")
-        + f": {view.number(share, sign=True)}"
+        + f": {words.number(share, sign=True)}"
         for index, share in enumerate(influence.by_checkpoint)
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 
-from tracin_beam.report import view
+from tracin_beam.report import words
+from tracin_beam.report.facts import run_facts
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("tracin_beam.report"),
@@ -39,12 +40,12 @@ def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     config = run.get("config") or {}
     versions = run.get("versions") or {}
     return {
-        "facts": view.run_facts(run),
+        "facts": run_facts(run),
         "config": {
-            view.printable(k): view.printable(v) for k, v in config.items() if v is not None
+            words.printable(k): words.printable(v) for k, v in config.items() if v is not None
         },
         "versions": ", ".join(
-            f"{view.printable(k)} {view.printable(v)}" for k, v in versions.items()
+            f"{words.printable(k)} {words.printable(v)}" for k, v in versions.items()
         ),
-        "number": view.number,
+        "number": words.number,
     }

@@ -5,7 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from tracin_beam.report import view
+from tracin_beam.report import explanations, words
+from tracin_beam.report.facts import run_facts
 
 _PER_ROLE = 3  # training examples shown of each role
 
@@ -30,24 +31,24 @@ def influence_summary(
     Returns:
       Lines of plain text without control characters, whatever ids and labels hold.
     """
-    read = view.reading(rows, run, label_names)
-    tests = view.explanations(rows, read, max_tests=max_tests)
+    read = explanations.reading(rows, run, label_names)
+    tests = explanations.arrange(rows, read, max_tests=max_tests)
     blocks = ["\n".join(_explanation(test)) for test in tests] or ["The influence table is empty."]
-    every = view.count_tests(rows) if tests_in_table is None else tests_in_table
+    every = explanations.count_tests(rows) if tests_in_table is None else tests_in_table
     more = every - len(tests)
     if more > 0:
         blocks.append(f"… and {more:,} more test examples in the table.")
-    if not view.is_exact(rows):
+    if not explanations.is_exact(rows):
         blocks.append(
             "These scores are estimates from projected gradients: exact rescoring was turned off."
         )
-    facts = view.run_facts(run)
+    facts = run_facts(run)
     if facts:
         blocks.append("\n".join(_columns(facts)))
     return "\n\n".join(blocks) + "\n"
 
 
-def _explanation(test: view.Explanation) -> Iterator[str]:
+def _explanation(test: explanations.Explanation) -> Iterator[str]:
     wrong = "  (wrong)" if test.wrong else ""
     yield f"{test.id}: predicted {test.prediction}, label {test.label}{wrong}"
     influences = [
@@ -58,7 +59,7 @@ def _explanation(test: view.Explanation) -> Iterator[str]:
     cells = [
         (
             role,
-            view.number(influence.score, sign=True),
+            words.number(influence.score, sign=True),
             f"label {influence.label}" + (" ≠" if influence.label_differs else ""),
             f"predicted {influence.prediction}",
             influence.id,

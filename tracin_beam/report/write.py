@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from tracin_beam.gradients import nests
 from tracin_beam.inputs import formats
 from tracin_beam.report import excerpt
+from tracin_beam.report.explanations import Place, places_shown, reading
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Shown, show_features
-from tracin_beam.report.view import Place, places_shown, reading
 from tracin_beam.storage import files, records
 from tracin_beam.storage.runs import Output
 

@@ -1,7 +1,6 @@
-"""The influence table and run.json arranged for a reader: what page and terminal share."""
+"""The influence table arranged by test example: what its page and the terminal share."""
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tracin_beam.storage import tables
+from tracin_beam.report import words
 
 Place = tuple[str, int]  # (shard, position): where an example stands in the data
-
-LONGEST_NAME = 200  # characters of an id or a label on a page
-_BIDI_CONTROLS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,8 @@ class Reading:
 
 def reading(rows: pa.Table, run: Mapping[str, Any], label_names: Sequence[str] | None) -> Reading:
     """How to read a table's labels and predictions: by run.json, or else by their values."""
-    kind = _dict(run, "kind")
+    known = run.get("kind")
+    kind = known if isinstance(known, Mapping) else {}
     if kind.get("name") in ("classification", "multilabel", "regression"):
         classes = kind["name"] == "classification"
         threshold = kind.get("threshold") if classes else None
@@ -87,7 +84,7 @@ class Explanation:
     opponents: tuple[Influence, ...]
 
 
-def explanations(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Explanation]:
+def arrange(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Explanation]:
     """Arranges the table by test example: wrong predictions first, else in the table's order."""
 
     def one(place: Place) -> Explanation:
@@ -97,7 +94,7 @@ def explanations(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Expla
         def of(role: str) -> tuple[Influence, ...]:
             return tuple(
                 Influence(
-                    id=shown(row["train_id"]),
+                    id=words.shown(row["train_id"]),
                     place=(row["train_shard"], row["train_position"]),
                     label=read.label(row["train_label"]),
                     label_differs=read.classes and _differ(row["train_label"], row["test_label"]),
@@ -110,7 +107,7 @@ def explanations(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Expla
             )
 
         return Explanation(
-            id=shown(first["test_id"]),
+            id=words.shown(first["test_id"]),
             place=place,
             label=read.label(first["test_label"]),
             prediction=read.prediction(first["test_prediction"]),
@@ -142,57 +139,6 @@ def count_tests(rows: pa.Table) -> int:
 def is_exact(rows: pa.Table) -> bool:
     """Whether every score in the table is an exact TracInCP value, and none an estimate."""
     return pc.all(rows["exact"], min_count=0).as_py()
-
-
-def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What run.json says of a run, as (name, value); what it does not say is left out."""
-    facts = []
-    if method := run.get("method"):
-        facts.append(("Method", printable(method)))
-    test_name = str(_dict(run, "config").get("test_name") or "test")
-    for side, name in (("train", "Training data"), (test_name, "Test data")):
-        if counts := _counts(_dict(_dict(run, "counts"), side)):
-            facts.append((name, counts))
-    if checkpoints := _checkpoints(run.get("checkpoints")):
-        facts.append(("Checkpoints", checkpoints))
-    if projection := _projection(_dict(run, "config")):
-        facts.append(("Projection", projection))
-    return facts + _retrieval(_dict(run, "retrieval"))
-
-
-def number(value: float, *, sign: bool = False) -> str:
-    """Writes a number with four significant digits, without an exponent where that reads well."""
-    plus = "+" if sign else ""
-    if not math.isfinite(value):
-        return f"{value:{plus}}"
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if not 1e-3 <= size < 1e7:
-        return f"{value:{plus}.3e}"
-    decimals = max(0, 3 - math.floor(math.log10(size)))
-    return f"{value:{plus},.{decimals}f}"
-
-
-def shown(value: Any) -> str:
-    """An id or a label on one line, cut in its middle where it is very long."""
-    text = tables.text(value) if isinstance(value, bytes) else str(value)
-    if len(text) > LONGEST_NAME:
-        head, tail = text[: LONGEST_NAME // 2], text[-LONGEST_NAME // 4 :]
-        text = f"{head} … {tail} ({len(text):,} characters)"
-    return printable(text)
-
-
-def printable(value: Any) -> str:
-    r"""Anything as text, its control and bidirectional characters as \x1b, \u202e …"""
-    text = tables.text(value) if isinstance(value, bytes) else str(value)
-    return "".join(
-        character.encode("unicode_escape").decode("ascii")
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-        or character in _BIDI_CONTROLS
-        else character
-        for character in text
-    )
 
 
 def _chosen(rows: pa.Table, read: Reading, max_tests: int) -> list[Place]:
@@ -246,82 +192,6 @@ def _named(value: float | None, label_names: Sequence[str] | None) -> str:
         return "unknown"
     if float(value).is_integer():
         if label_names is not None and 0 <= value < len(label_names):
-            return shown(label_names[int(value)])
+            return words.shown(label_names[int(value)])
         return str(int(value))
-    return number(value)
-
-
-def _dict(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    child = parent.get(key)
-    return child if isinstance(child, Mapping) else {}
-
-
-def _counts(counts: Mapping[str, Any]) -> str:
-    read, embedded, rejected, shards = (
-        counts.get(key) for key in ("read", "embedded", "rejected", "shards")
-    )
-    parts = []
-    if embedded is not None:
-        parts.append(f"{embedded:,} examples" + (f" of {read:,} read" if read is not None else ""))
-    elif read is not None:
-        parts.append(f"{read:,} examples read")
-    if rejected is not None:
-        parts.append(f"{rejected:,} rejected")
-    if shards is not None:
-        parts.append(f"{shards:,} shard" + ("" if shards == 1 else "s"))
-    return ", ".join(parts)
-
-
-def _checkpoints(checkpoints: Any) -> str:
-    if not isinstance(checkpoints, Sequence) or not checkpoints:
-        return ""
-    steps = [c["step"] for c in checkpoints if c.get("step") is not None]
-    rates = [c["learning_rate"] for c in checkpoints if c.get("learning_rate") is not None]
-    parts = [f"{len(checkpoints):,}"]
-    if steps:
-        parts.append(f"step {_span(steps, '{:,}'.format)}")
-    if rates:
-        parts.append(f"learning rate {_span(rates, '{:.4g}'.format)}")
-    return ", ".join(parts)
-
-
-def _span(values: Sequence[Any], write: Any) -> str:
-    first, last = write(values[0]), write(values[-1])
-    return first if first == last else f"{first} to {last}"
-
-
-def _projection(config: Mapping[str, Any]) -> str:
-    projection, dim, layers = (config.get(key) for key in ("projection", "dim", "layers"))
-    if projection is None:
-        return ""
-    parts = [printable(projection)]
-    if dim is not None and projection != "none":
-        parts[0] += f" to {dim:,}"
-    if layers is not None:
-        parts.append(f"layers: {printable(layers)}")
-    return ", ".join(parts)
-
-
-def _retrieval(retrieval: Mapping[str, Any]) -> list[tuple[str, str]]:
-    facts = []
-    k, queries = retrieval.get("k"), retrieval.get("queries")
-    at = f"Recall@{k}" if k is not None else "Recall"
-    over = f", over {queries:,} sampled test examples" if queries is not None else ""
-    for role in ("proponents", "opponents"):
-        recall, alone = (_dict(retrieval, role).get(key) for key in ("recall", "recall_projection"))
-        parts = []
-        if recall is not None:
-            parts.append(f"{recall:.3f}")
-        if alone is not None:
-            parts.append(f"{alone:.3f} by projection alone")
-        if parts:
-            facts.append((f"{at}, {role}", ", ".join(parts) + over))
-    correlation = _dict(retrieval, "correlation")
-    parts = [
-        f"{name.capitalize()} {correlation[name]:.3f}"
-        for name in ("pearson", "spearman")
-        if correlation.get(name) is not None
-    ]
-    if parts:
-        facts.append(("Projected against exact", ", ".join(parts)))
-    return facts
+    return words.number(value)
