@@ -311,7 +311,8 @@ def test_a_launcher_is_a_file_too(tmp_path, stage):
         check=False,
     )
     assert done.returncode == 2
-    assert f"pipelines.{stage}: --checkpoints, --train, --output" in done.stderr
+    missing = ["--checkpoints", "--train", *["--test"] * (stage == "influence"), "--output"]
+    assert f"pipelines.{stage}: {', '.join(missing)} must be given" in done.stderr
 
 
 def test_the_templates_entry(tiny, tmp_path):
