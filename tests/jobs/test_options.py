@@ -89,7 +89,7 @@ def test_missing_flags_are_all_named():
         ("--topk=5", "There is no flag --topk. Did you mean --top_k?"),
         ("--top-k=5", "There is no flag --top-k. Did you mean --top_k?"),
         ("--outptu=x", "There is no flag --outptu. Did you mean --output?"),
-        ("--frobnicate", "There is no flag --frobnicate, neither ours nor Beam's."),
+        ("--frobnicate", "There is no flag --frobnicate, neither of this job nor of Beam."),
         ("--top_k=many", "--top_k: give a whole number, not 'many'"),
         ("--top_k", "--top_k: expected one argument"),
         ("--direct_num_workers=few", "--direct_num_workers: invalid int value"),

@@ -172,7 +172,7 @@ def _slopes(loss: Any, label: Any, scores: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _tried_single(loss: Any, label: tf.Tensor, remembered: bool) -> Kind:
-    """Of one output: whether the loss is of the two classes 0 and 1, or of a number."""
+    """The kind of one output: whether its loss is of the classes 0 and 1, or of a number."""
     shape = [2] if label.shape.rank == 1 else [2, 1]
     classes = tf.reshape(tf.cast([0, 1], label.dtype), shape)
 
@@ -194,7 +194,7 @@ def _tried_single(loss: Any, label: tf.Tensor, remembered: bool) -> Kind:
 
 
 def _tried(loss: Any, label: tf.Tensor, classes: int, remembered: bool, sparse: bool) -> Kind:
-    """Of several outputs: whether the loss is of the classes that the labels name."""
+    """The kind of several outputs: whether their loss is of the classes that the labels name."""
     neither: Name = "other" if sparse else "regression"
     if not sparse and label.shape[1] != classes:
         return Kind("other", sparse=sparse)
@@ -248,9 +248,10 @@ def predictions(output: Any, kind: Kind) -> tf.Tensor:
 def labels(label: Any, output: Any, kind: Kind) -> tf.Tensor:
     """The label as a number: float32 [B], NaN where it is not one.
 
-    Of a classification the class, also of one-hot labels and distributions over the classes: the
-    one that has most, if only one has. A class below zero stands for no label, but for −1 of a
-    hinge loss, which is the class 0. The labels of a multilabel task are no number.
+    For a classification it is the class, also of one-hot labels and distributions over the
+    classes: the one that has most, if only one has. A class below zero
+    stands for no label, but for −1 of a hinge loss, which is the class 0. The labels of a
+    multilabel task are no number.
     """
     if tf.is_tensor(label) and label.dtype != tf.string and kind.name != "multilabel":
         label = tf.cast(label, tf.float32)

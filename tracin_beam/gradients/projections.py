@@ -187,8 +187,8 @@ class CountSketch:
                     case "rows", Rows():
                         sketches.append(self._rows(spec, part, shape))
                     case "compress", _:
-                        sides = ways.compressed(form)
-                        sketches.append(self._full(*self._compressed(spec, part, shape, sides)))
+                        small = ways.compressed(form)
+                        sketches.append(self._full(*self._compressed(spec, part, shape, small)))
                     case _:
                         sketches.append(self._full(spec, part, shape))
         if products:
@@ -242,13 +242,13 @@ class CountSketch:
         spec: WeightSpec,
         form: Form,
         shape: tuple[int, int] | None,
-        sides: tuple[int, int],
+        small: tuple[int, int],
     ) -> tuple[WeightSpec, Form]:
-        """A G B with random signs in A, and in B where that side is wide."""
+        """A G B of shape `small`, with random signs in A, and in B where G has more columns."""
         if shape is None:
             size = ways.shape_of(form)
             shape = size.m, size.n
-        (m, n), (rows, columns) = shape, sides
+        (m, n), (rows, columns) = shape, small
         signs = random_signs(n * columns, self._seed, spec, "right").reshape(n, columns)
         right_matrix = signs / np.float32(math.sqrt(columns))
         signs = random_signs(m * rows, self._seed, spec, "left").reshape(m, rows)
@@ -266,7 +266,7 @@ class CountSketch:
                 batch = tf.shape(right)[0]
                 left = tf.broadcast_to(tf.constant(left_matrix), [batch, m, rows])
             case _:
-                raise TypeError(f"{type(form).__name__} has no sides to compress")
+                raise TypeError(f"{type(form).__name__} cannot be compressed")
         if columns < n:
             right = tf.tensordot(right, right_matrix, 1)
         value = tf.reshape(tf.matmul(left, right, transpose_a=True), [-1, rows * columns])

@@ -22,8 +22,9 @@ class ClassScores:
       own: float32 [B], the logit of the class.
       others: float32 [B, K], the logits of the other classes, and float32's least number in the
         place of the class itself.
-      logits: float32 [B, K], the logits of all classes. Of a model that gives probabilities they
-        are their logs, or log-odds where `separate`. Of one output z for two classes they are 0, z.
+      logits: float32 [B, K], the logits of all classes. For a model that gives probabilities they
+        are the logs of these, or log-odds where `separate`; for one output z for two classes
+        they are 0, z.
       separate: each score is by itself, as of sigmoids, and not beside the others, as of a softmax.
       relative: logits mean something beside each other only, as logs of probabilities do.
     """

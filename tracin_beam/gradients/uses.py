@@ -89,7 +89,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class WeightUses:
     """The uses of some weights.
 
     Attributes:
@@ -133,7 +133,7 @@ def passage(*types: str) -> Callable[[Passage], Passage]:
 
 
 def data_dependent(inputs: Iterable[tf.Tensor]) -> set[str]:
-    """Names of the operations whose outputs depend on what these tensors hold, theirs too."""
+    """Names of the operations that make these tensors, and of all whose outputs depend on them."""
     waiting = list(inputs)
     found = {x.op.name for x in waiting}
     while waiting:
@@ -148,7 +148,7 @@ def find(
     sources: Sequence[tf.Tensor],
     shared: Callable[[tf.Tensor], bool],
     covered: Container[str] = (),
-) -> Found:
+) -> WeightUses:
     """The uses of these weights in the graph as it is now, but for operations of these names."""
     passages: dict[str, tf.Operation] = {}
     uses: dict[str, tf.Operation] = {}
@@ -170,7 +170,7 @@ def find(
             else:
                 uses[operation.name] = operation
     ordered = sorted(passages.values(), key=lambda operation: operation._id)
-    return Found(sources, ordered, list(uses.values()), reached)
+    return WeightUses(sources, ordered, list(uses.values()), reached)
 
 
 def _opaque(operation: tf.Operation) -> bool:
@@ -178,13 +178,13 @@ def _opaque(operation: tf.Operation) -> bool:
     return any(x.dtype in (tf.variant, tf.resource) for x in operation.outputs)
 
 
-def outputs(found: Found) -> list[tf.Tensor]:
+def outputs(found: WeightUses) -> list[tf.Tensor]:
     """The outputs of the uses, with respect to which gradients are wanted."""
     return [x for o in found.uses if not _opaque(o) for x in o.outputs if x.dtype.is_floating]
 
 
 def gradients(
-    found: Found, of_outputs: Mapping[str, tf.Tensor | None], batch: Batch
+    found: WeightUses, of_outputs: Mapping[str, tf.Tensor | None], batch: Batch
 ) -> tuple[list[Form | None], dict[str, tf.Operation]]:
     """Each example's gradients of the weights.
 
@@ -245,7 +245,7 @@ def gradients(
     return results, unknown
 
 
-def missing(found: Found, unknown: dict[str, tf.Operation]) -> list[int]:
+def missing(found: WeightUses, unknown: dict[str, tf.Operation]) -> list[int]:
     """Indices of the weights whose gradient takes one of these operations."""
     reaching = {x.ref() for operation in unknown.values() for x in operation.inputs}
     for operation in reversed(found.passages):

@@ -69,7 +69,7 @@ def shape_of(form: Form) -> Shape:
 
 
 def compressed(form: Form) -> tuple[int, int]:
-    """The sides (k, l) that way "compress" brings a gradient to."""
+    """The shape (k, l) to which the way "compress" brings a gradient."""
     size = shape_of(form)
     rows, columns = CONVOLUTION if isinstance(form, Windowed) else DENSE
     if isinstance(form, Windowed) and (size.positions or _POSITIONS) > _MANY_POSITIONS:
@@ -93,9 +93,9 @@ def costs(form: Form, dim: int) -> dict[str, float]:
     found = {"materialise": product + copies + _SCATTER * m * n}
     k, l = compressed(form)  # noqa: E741
     if positions > 1 and max(2 * k * l, dim) < m * n:
-        sides = m * k + k * l + (n * l if l < n else 0)
+        products = m * k + k * l + (n * l if l < n else 0)
         traffic = 4 * (min(m, n) + k + l) / _BYTES
-        found["compress"] = positions * (sides / _PRODUCTS + traffic) + _SCATTER * k * l
+        found["compress"] = positions * (products / _PRODUCTS + traffic) + _SCATTER * k * l
     if isinstance(form, Outer) and positions == 1:
         found["blocks"] = m * n / _SMALL_PRODUCTS + 16 * dim / _BYTES
     if isinstance(form, Outer) and size.positions is not None:
@@ -106,7 +106,7 @@ def costs(form: Form, dim: int) -> dict[str, float]:
 
 
 def _sum_costs(form: Sum, dim: int) -> dict[str, float]:
-    """Of a sum: "materialise" stands for the CountSketch itself, of each part as is cheapest."""
+    """As `costs`, for a sum; "materialise" is the CountSketch of each part in its cheapest way."""
     found = {"materialise": 0.0}
     compress = 0.0
     k, l = compressed(form)  # noqa: E741
@@ -114,8 +114,8 @@ def _sum_costs(form: Sum, dim: int) -> dict[str, float]:
         found["materialise"] += min(c for w, c in costs(part, dim).items() if w != "compress")
         size = shape_of(part)
         positions = size.positions or _POSITIONS
-        sides = positions * (size.m * k + k * l + size.n * l) / _PRODUCTS
-        compress += sides + 4 * positions * (k + l) / _BYTES
+        nanoseconds = positions * (size.m * k + k * l + size.n * l) / _PRODUCTS
+        compress += nanoseconds + 4 * positions * (k + l) / _BYTES
     outer = next((part for part in form.parts if isinstance(part, Outer)), None)
     if outer is not None and "compress" in costs(outer, dim):
         found["compress"] = compress + _SCATTER * k * l

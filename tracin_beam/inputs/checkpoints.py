@@ -98,10 +98,10 @@ def _check_history(checkpoints: Sequence[Checkpoint]) -> None:
     if len(useless) == len(checkpoints):
         raise InputError(
             f"The learning rate of every checkpoint is 0 ({first_ten(useless)}), so every score "
-            "would be 0: give those that were used"
+            "would be 0: give the learning rates of the training"
         )
     if useless:
-        _log.warning("Of learning rate 0, so they count nothing: %s", first_ten(useless))
+        _log.warning("Checkpoints with the learning rate 0 count nothing: %s", first_ten(useless))
 
 
 def _read_listing(
@@ -282,7 +282,8 @@ def _counted_on(steps: Sequence[int]) -> list[int]:
 def _check_one_count(steps: dict[str, int]) -> None:
     """Refuses files whose optimizers may have counted in several stages of a training.
 
-    Of one count there is no doubt where the files' names, or a number in them, rise with it.
+    There is no doubt that it was one count where the files' names, or a number in them, rise with
+    the steps.
     """
     paths = sorted(steps, key=lambda path: (steps[path], _natural_key(path)))
     names = [[int(n) for n in re.findall(r"\d+", os.path.basename(path))] for path in paths]
@@ -316,7 +317,7 @@ def _other_kind(path: str) -> str | None:
             path,
             "a SavedModel",
             f"pairs = zip(model.variables, tf.saved_model.load({model!r}).variables, strict=True); "
-            "[ours.assign(theirs) for ours, theirs in pairs]",
+            "[variable.assign(saved) for variable, saved in pairs]",
             model,
         )
     if prefix != folder or files.exists(prefix + ".index"):

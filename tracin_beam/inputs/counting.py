@@ -40,9 +40,9 @@ class Count:
 def count(shards: Sequence[FileInfo]) -> Count:
     """Counts the records of TFRecord files, plain or compressed.
 
-    Plain local files are skipped through by the lengths of their records. Of others, and where
-    that would take too long, the first bytes of some files are read, and the rest follows from
-    the files' sizes.
+    Plain local files are skipped through by the lengths of their records. Of other files, and where
+    that would take too long, the first bytes of some are read, and the rest follows from the files'
+    sizes.
     """
     numbers: list[int | None] = [None] * len(shards)
     exact = True

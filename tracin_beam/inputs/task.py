@@ -40,7 +40,7 @@ class Task:
       model: a function without arguments that builds the `keras.Model`; weights come from each
         checkpoint. Layers that were frozen in training should be frozen here as well.
       loss: the loss of the training: a `keras.losses.Loss`, the name of one, or a function of
-        (y_true, y_pred). Of a model with several outputs y_pred has their structure.
+        (y_true, y_pred). For a model with several outputs y_pred has their structure.
       parse: a function that TensorFlow traces, from serialised records, `tf.string` [B], to a
         dict of batched tensors: "features" (a tensor, or a dict or tuple of them, as the model
         takes), "label", and if wanted "id" and "sample_weight". Examples without an id are
@@ -468,7 +468,7 @@ def _sources(root: str, main: ModuleType) -> dict[str, bytes]:
         path = os.path.abspath(path)
         if not path.startswith(root + os.sep) or name.split(".")[0] in ours:
             continue
-        # Of installed packages only the task's own is sent.
+        # Only the task's own package is sent of those that are installed.
         inside = any(os.path.realpath(path).startswith(lib + os.sep) for lib in libraries)
         if inside and name.split(".")[0] != top:
             continue

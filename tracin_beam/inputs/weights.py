@@ -206,21 +206,21 @@ def save(model: keras.Model, path: str, notes: Mapping[str, Any]) -> None:
         local = os.path.join(folder, "model" + WEIGHTS)
         model.save_weights(local)
         with h5py.File(local, "r+") as file:
-            ours = {
+            in_model = {
                 _dataset(place, key): value
                 for place, group in _record(model).items()
                 for key, value in group.values.items()
             }
-            theirs = {
+            in_file = {
                 _dataset(place, key): dataset
                 for place, group in _groups(file).items()
                 for key, dataset in group.values.items()
             }
             # A model that overrides save_weights may save a part of itself.
-            for name in theirs if set(ours) == set(theirs) else ():
-                if isinstance(value := ours[name], keras.Variable):
-                    theirs[name].attrs["name"] = value.name
-                    theirs[name].attrs["trainable"] = bool(value.trainable)
+            for name in in_file if set(in_model) == set(in_file) else ():
+                if isinstance(value := in_model[name], keras.Variable):
+                    in_file[name].attrs["name"] = value.name
+                    in_file[name].attrs["trainable"] = bool(value.trainable)
             file.attrs[NOTES] = json.dumps(notes)
         files.upload(local, path)
 
@@ -331,10 +331,10 @@ class _Pairing:
                 names = [n for n in children if whole or _family(n) == family]
                 return [children[n] for n in sorted(names, key=lambda n: (_family(n), _number(n)))]
 
-            for ours, theirs in self._siblings(
+            for in_model, in_file in self._siblings(
                 of_family(model.children), of_family(file.children), by_place=not whole
             ):
-                yield from self.pairs(ours, theirs)
+                yield from self.pairs(in_model, in_file)
 
     def _given(self, label: str | None) -> bool:
         """Whether a user gave the name of a layer."""
@@ -365,18 +365,18 @@ class _Pairing:
                 if (name := os.path.basename(node.path)) in attributes
             ]
         self.renamed += [
-            f"{theirs.label} → {ours.label}"
-            for ours, theirs in others
-            if self._given(ours.label) and self._given(theirs.label)
+            f"{in_file.label} → {in_model.label}"
+            for in_model, in_file in others
+            if self._given(in_model.label) and self._given(in_file.label)
         ]
         return named + others
 
     def _by_order(self, model: list[_Node], file: list[_Node]) -> list[tuple[_Node, _Node]]:
         places = list(zip(model, file, strict=False))
-        labels = [(ours.label, theirs.label) for ours, theirs in places]
+        labels = [(in_model.label, in_file.label) for in_model, in_file in places]
         if len(model) != len(file) or any(
-            ours is None or theirs is None or self._given(ours) or self._given(theirs)
-            for ours, theirs in labels
+            in_model is None or in_file is None or self._given(in_model) or self._given(in_file)
+            for in_model, in_file in labels
         ):
             return places
         made = list(
@@ -387,7 +387,7 @@ class _Pairing:
         )
         if {(a.path, b.path) for a, b in made} == {(a.path, b.path) for a, b in places}:
             return places
-        if all(ours == theirs for ours, theirs in labels):
+        if all(in_model == in_file for in_model, in_file in labels):
             return places
         fitting = [
             pairs for pairs in (places, made) if all(a.shapes() == b.shapes() for a, b in pairs)
@@ -406,12 +406,13 @@ class _Pairing:
 
     def keys(self, model: _Group, file: _Group) -> dict[str, str]:
         """Which variable of a layer in the file is which in the model, by their keys."""
-        ours = {k: v.name for k, v in model.values.items() if isinstance(v, keras.Variable)}
-        theirs = {k: d.attrs.get("name") for k, d in file.values.items()}
-        by_name = {name: key for key, name in theirs.items()}
-        told = len(by_name) == len(theirs) and sorted(ours.values()) == sorted(map(str, by_name))
-        if told and not any(_family(name) == "variable" for name in ours.values()):
-            return {key: by_name[name] for key, name in ours.items()}
+        in_model = {k: v.name for k, v in model.values.items() if isinstance(v, keras.Variable)}
+        in_file = {k: d.attrs.get("name") for k, d in file.values.items()}
+        by_name = {name: key for key, name in in_file.items()}
+        same = sorted(in_model.values()) == sorted(map(str, by_name))
+        told = same and len(by_name) == len(in_file)
+        if told and not any(_family(name) == "variable" for name in in_model.values()):
+            return {key: by_name[name] for key, name in in_model.items()}
         return {key: key for key in model.values if key in file.values}
 
 
@@ -521,11 +522,13 @@ class WeightsLoader:
         pairing = _Pairing(self._classes, path)
         sources: dict[str, dict[str, h5py.Dataset]] = {}
         used = set()
-        for ours, theirs in pairing.pairs(_tree(self._own), _tree(stored)):
-            if ours.group and theirs.group:
-                keys = pairing.keys(ours.group, theirs.group)
-                sources[ours.path] = {k: theirs.group.values[there] for k, there in keys.items()}
-                used |= {(theirs.path, there) for there in keys.values()}
+        for in_model, in_file in pairing.pairs(_tree(self._own), _tree(stored)):
+            if in_model.group and in_file.group:
+                keys = pairing.keys(in_model.group, in_file.group)
+                sources[in_model.path] = {
+                    k: in_file.group.values[there] for k, there in keys.items()
+                }
+                used |= {(in_file.path, there) for there in keys.values()}
         missing, differing = [], []
         for place, group in self._own.items():
             for key, value in group.values.items():
@@ -570,14 +573,14 @@ class WeightsLoader:
             for key, value in group.values.items()
             if id(value) in trained and not sources[place][key].attrs.get("trainable", True)
         }
-        if news := sorted(frozen - self._told):
+        if untold := sorted(frozen - self._told):
             self._told |= frozen
             _log.warning(
-                "Weights that were frozen in the training up to %s count there, as they are "
-                "trainable in the task's model: %s. To leave them out of all checkpoints, freeze "
-                "them there or choose --layers",
+                "Weights that were frozen in the training up to %s count at that checkpoint, "
+                "because they are trainable in the task's model: %s. To leave them out of all "
+                "checkpoints, freeze them in the task's model or choose --layers",
                 path,
-                first_ten(news),
+                first_ten(untold),
             )
 
     def _check_numbers(self, path: str) -> None:

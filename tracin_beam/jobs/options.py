@@ -163,15 +163,15 @@ def _check_unknown(rest: Sequence[str], names: Sequence[str]) -> None:
     for word in unknown:
         name = word.split("=")[0]
         if not word.startswith("-"):
-            # Of a flag that Beam does not know nobody can tell whether a value follows.
+            # Whether a value follows a flag that Beam does not know, nobody can tell.
             if not before.startswith("-") or "=" in before:
                 raise InputError(f"{word} belongs to no flag: write globs and lists in quotes.")
         elif near := difflib.get_close_matches(name, ours, n=1, cutoff=0.8):
             raise InputError(f"There is no flag {name}. Did you mean {near[0]}?")
         elif known.template_location:  # which Dataflow's launcher gives, with flags of its own
-            _log.warning("%s is neither a flag of ours nor of Beam's: it is passed on", word)
+            _log.warning("%s is neither a flag of this job nor of Beam: it is passed on", word)
         elif known.runner not in _PORTABLE:
-            raise InputError(f"There is no flag {name}, neither ours nor Beam's.")
+            raise InputError(f"There is no flag {name}, neither of this job nor of Beam.")
         before = word
 
 
@@ -197,7 +197,7 @@ def _check_runner(rest: Sequence[str]) -> None:
 
 
 def _beams_parser() -> argparse.ArgumentParser:
-    """A parser of every flag of Beam's, and of none of ours."""
+    """A parser of every flag of Beam's, and of none of this package's."""
     beams = _FlagParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in _all_options(PipelineOptions):
         if options is not TracInOptions:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tracin_beam.jobs.preflight import Run
 
 
-# Entries that hold values by name, to which jobs add theirs.
+# Entries that are dictionaries, to which each job adds its own values.
 _MERGED = ("sets", "counts", "timings")
 
 

@@ -17,7 +17,7 @@ from tracin_beam.storage.runs import Shard, ShardResult
 
 # Bytes held while an index is built, as multiples of its rows': copies, and ScaNN's own.
 _BUILD_COPIES, _BRUTE_FORCE_COPIES = 5.1, 3.0
-# Of a tree's index, by float of its rows: themselves and half a byte quantised.
+# Bytes of a tree's index by float of its rows: the float itself, and half a byte quantised.
 _TREE_BYTES = 4.5
 _ROW_BYTES = 3  # of rows.parquet
 # A unit should be long against a worker's overhead, and short against what a failure costs.
@@ -264,7 +264,7 @@ def make(train: Data, test: Data | None, stored: int, speed: Speed, job: Job) ->
     parts = pieces(train.records, job.index_rows) if built else []
     memory = speed.memory
     if job.choice:
-        # Of this run alone; the choice is for those to come as well.
+        # The seconds are of this run alone; the choice is for later runs as well.
         if built:
             candidates = job.rescore or job.top_k
             seconds["index and search"] = cost.scann_seconds(

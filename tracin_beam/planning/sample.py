@@ -22,7 +22,7 @@ _FOR_IDS = 128
 def sample(shards: Sequence[Shard], wanted: int) -> list[Record]:
     """Records from all over the shards, in random order, numbered anew.
 
-    Of each of up to 16 shards, spread evenly, they come from its first megabytes.
+    They come from the first megabytes of each of up to 16 shards, spread evenly.
     """
     chosen = [shards[i] for i in spread(len(shards), _SHARDS)]
     found: list[bytes] = []

@@ -120,7 +120,7 @@ def arrange(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Explanatio
 
 
 def places_shown(rows: pa.Table, read: Reading, *, max_tests: int) -> set[Place]:
-    """The examples, of both sides, that a report of at most `max_tests` test examples shows."""
+    """The test and training examples that a report of at most `max_tests` test examples shows."""
     places = set()
     for place in _chosen(rows, read, max_tests):
         mine = rows.filter(_at(rows, place))

@@ -46,12 +46,12 @@ class Choice:
 
 
 def exact_seconds(rows: int, numbers: int, queries: int) -> float:
-    """Of both roles, from the files to the candidates."""
+    """Seconds of exact retrieval for both roles, from the files to the candidates."""
     return rows * (numbers * _READ + queries * (numbers * _PRODUCT + _ENDS))
 
 
 def scann_seconds(rows: int, numbers: int, queries: int, candidates: int) -> float:
-    """The same with an index that has still to be built."""
+    """Seconds of the same retrieval with an index that has still to be built."""
     width = min(numbers, sketch.DIM)
     build = rows * (numbers * _READ + width * BUILD)
     search = 2 * queries * rows * width * SEARCH

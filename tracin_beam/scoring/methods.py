@@ -91,7 +91,7 @@ class Score:
           rows: the queries' embeddings, e_c for one checkpoint after the other: float [q, C·D].
 
         Returns:
-          Of the same shape and type.
+          An array of the same shape and type.
         """
         return self._transformed(rows, self.weights)
 

@@ -10,12 +10,12 @@ from tracin_beam.scoring.topk import ROLES, SIGNS, Judged, Scored
 
 
 def to_keep(exact: np.ndarray, estimate: np.ndarray, count: int, step: int) -> np.ndarray:
-    """What `retrieval` will look at of some training examples: a sample, and all ends.
+    """The scores of some training examples that `retrieval` needs: a sample, and all ends.
 
     Args:
       exact, estimate: float [queries, n], scores.
       count: how many of each end.
-      step: every so manieth is in the sample.
+      step: of so many training examples one is in the sample.
 
     Returns:
       bool [queries, n].

@@ -36,7 +36,7 @@ from tracin_beam.storage.embeddings import COMPUTED, Embeddings
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """n training examples at all C checkpoints; `rows["loss"]` is a column of theirs.
+    """n training examples at all C checkpoints; `rows["loss"]` is one of their columns.
 
     Columns are those of the embedding record, float64 [n, C], and "embedding" float32 [n, C, D]. A
     function finds only those that it says it needs.

@@ -156,7 +156,7 @@ def _batches(
             bad.append(record)
         else:
             good.append(record)
-        # Of what cannot be read, too, no more waits than a batch has.
+        # No more bad records wait than a batch has, either.
         if max(len(good), len(bad)) == size:
             yield good, bad
             good, bad = [], []

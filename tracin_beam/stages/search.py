@@ -22,9 +22,9 @@ Both = tuple[Candidates, Candidates]
 BothScored = tuple[Scored, Scored]
 
 _MOST_QUERIES = 4096
-# Of queries' vectors held at a time.
+# Bytes of queries' vectors held at a time.
 _QUERY_BYTES = 256 << 20
-# Of pairs' embeddings, when candidates are ranked again.
+# Bytes of pairs' embeddings held at a time, when candidates are ranked again.
 _PAIR_BYTES = 64 << 20
 
 

@@ -135,7 +135,7 @@ def _varint(n: int) -> bytes:
     return bytes(out)
 
 
-# Of a file's records the lengths, and so these, are nearly all the same.
+# The lengths of a file's records, and so these heads, are nearly all the same.
 @functools.lru_cache(4096)
 def _head(field: int, size: int) -> bytes:
     return _varint(field << 3 | 2) + _varint(size)
