@@ -22,7 +22,7 @@ def test_everything_remote(tmp_path, launch):
     tiny.write("train-3.tfrecord", [*rows("more", 9, 5), b"garbage"])
     rejected = {("train-3.tfrecord", 9): "parse failed"}
     for stage in ("influence", "self_influence"):
-        assert tiny.run(stage, index_rows=16) == 0
+        assert tiny.run(stage, index="scann", index_rows=16) == 0
     tiny.check(rejected)
     made = t.contents(tiny.out)
     assert "reports/test.html" in made
@@ -34,7 +34,7 @@ def test_everything_remote(tmp_path, launch):
     }
     shutil.rmtree(tiny.out)
     for stage in ("influence", "self_influence"):
-        assert local.run(stage, index_rows=16) == 0
+        assert local.run(stage, index="scann", index_rows=16) == 0
     local.check(rejected)
     here = t.contents(local.out)
     assert set(here) == set(made)
@@ -45,13 +45,13 @@ def test_everything_remote(tmp_path, launch):
 
 def test_resuming_remotely(tmp_path, launch):
     tiny = Tiny(tmp_path, launch, prefix=PREFIX).write_all()
-    assert tiny.run("influence", index_rows=16) == 0
+    assert tiny.run("influence", index="scann", index_rows=16) == 0
     before = t.snapshot(tiny.out)
-    assert tiny.run("influence", index_rows=16) == 0
+    assert tiny.run("influence", index="scann", index_rows=16) == 0
     assert t.snapshot(tiny.out) == before
     tiny.write("train-3.tfrecord", rows("new", 5, 50))
     tiny.write("test-1.tfrecord", rows("others", 6, 51))
-    assert tiny.run("influence", index_rows=16) == 0
+    assert tiny.run("influence", index="scann", index_rows=16) == 0
     tiny.check(tables=["influence"])
     after = t.snapshot(tiny.out)
     written = {path for path in after if after[path] != before.get(path)}
@@ -59,9 +59,9 @@ def test_resuming_remotely(tmp_path, launch):
         "train-3.tfrecord", "train-3.tfrecord.json", "test-1.tfrecord", "test-1.tfrecord.json"
     }  # fmt: skip
     assert not [path for path in written if path.startswith("index/part-00000")]
-    assert tiny.run("influence", index_rows=16, seed=3) == 2
+    assert tiny.run("influence", index="scann", index_rows=16, seed=3) == 2
     assert t.snapshot(tiny.out) == after
-    assert tiny.run("influence", index_rows=16, seed=3, overwrite=True) == 0
+    assert tiny.run("influence", index="scann", index_rows=16, seed=3, overwrite=True) == 0
     tiny.check(tables=["influence"])
 
 

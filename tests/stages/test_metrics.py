@@ -4,6 +4,7 @@ import threading
 
 import tiny as t
 
+from tracin_beam.scoring import cost
 from tracin_beam.stages.metrics import Tally
 
 
@@ -42,3 +43,39 @@ def test_counters_of_a_job(tmp_path, launch):
     assert job.run("self_influence") == 0
     again = job.run_json()["timings"]["self_influence"]["counters"]["embed"]
     assert again == {"units_found": 4, "records_read": 32, "records_rejected": 2}
+
+
+def test_counters_of_every_stage(tmp_path, launch):
+    job = t.Tiny(tmp_path, launch).write_all(train=2, test=1)
+    train, test = len(job.good("train")), len(job.good("test"))
+    flags = {"index": "scann", "index_rows": train // 2, "rescore": 0, "top_k": 2}
+
+    def counted(stage, **changes):
+        assert job.run(stage, **{**flags, **changes}) == 0
+        return job.run_json()["timings"][stage]["counters"]
+
+    found = counted("influence")
+    assert found["index"]["pieces_built"] == found["search"]["batches"] == 2
+    assert found["index"]["records"] == found["search"]["records"] == train
+    # Of both roles, twice as many as are wanted.
+    assert found["search"]["pairs_estimated"] == 2 * (cost.MORE * 2) * test
+    for stage in ("index", "search"):
+        assert {"batches", "read_msec", "compute_msec"} <= set(found[stage])
+    assert "write_msec" in found["index"]
+    assert counted("influence", top_k=3)["index"] == {"pieces_found": 2}
+    exact = counted("influence", index="exact")
+    assert "index" not in exact
+    assert exact["search"]["records"] == train
+
+    # All of so few pairs are scored exactly, of two groups at two checkpoints.
+    found = counted("influence", rescore=4)["rescore"]
+    assert (found["records"], found["pairs"]) == (train, train * test)
+    assert (found["batches"], found["queries"] % (2 * test)) == (4, 0)
+    assert {"read_msec", "parse_msec", "queries_msec", "compute_msec"} <= set(found)
+
+    found = counted("self_influence")["self_influence"]
+    assert (found["tables_written"], found["records"], found["batches"]) == (2, train, 2)
+    assert {"read_msec", "compute_msec", "table_msec"} <= set(found)
+    (job.out / "self_influence/self_influence-00000-of-00002.parquet").unlink()
+    found = counted("self_influence")["self_influence"]
+    assert (found["tables_found"], found["tables_written"]) == (1, 1)

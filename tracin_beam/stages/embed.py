@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -14,7 +14,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.inputs import formats
 from tracin_beam.stages import progress
 from tracin_beam.stages.batching import ahead, without_failing
-from tracin_beam.stages.metrics import Counters, Tally
+from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.workers import EngineSource, Loaded
 from tracin_beam.storage import embeddings, files, records, runs, tables
 from tracin_beam.storage.embeddings import Embeddings
@@ -23,8 +23,6 @@ from tracin_beam.storage.runs import CheckpointFile, Output, ShardResult, Unit, 
 _log = logging.getLogger(__name__)
 
 _LONGEST_ID = 200  # bytes of one in a message
-
-T = TypeVar("T")
 
 # Records of a shard count at each checkpoint. Bytes, batches and seconds are those of units that
 # were not found; reading and parsing, computing, and writing go on at the same time.
@@ -56,7 +54,7 @@ def embed_records(
       The rows of the records that could be used, or None, and (position, reason) of the others.
     """
     tally = tally or Tally()
-    for batch, kept, rejected in ahead(_timed(_parsed(loaded, source), tally, "read")):
+    for batch, kept, rejected in ahead(timed(_parsed(loaded, source), tally, "read")):
         rows = None
         if batch is not None:
             tally.add("batches")
@@ -73,17 +71,6 @@ def _parsed(
     for waiting, bad in _batches(source, loaded.engine.batch_size):
         batch, kept, refused = parse_records(loaded, waiting)
         yield batch, kept, [*((record.position, record.reason) for record in bad), *refused]
-
-
-def _timed(items: Iterator[T], tally: Tally, part: str) -> Iterator[T]:
-    """The items; the seconds of making them go to a part of the tally."""
-    end: Any = object()
-    while True:
-        with tally.timed(part):
-            item = next(items, end)
-        if item is end:
-            return
-        yield item
 
 
 def parse_records(

@@ -22,6 +22,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.scoring import sketch
 from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Group, Join
+from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.storage import files, marks, runs, tables
 from tracin_beam.storage.runs import Output, ShardResult
 
@@ -33,6 +34,12 @@ _PLAN = "plan.json"
 _MARK = "partition.json"
 _ROWS = "rows.parquet"
 _SCANN = "scann"
+
+# Records and seconds are those of pieces that were not found.
+_COUNTED = (
+    *("pieces_found", "pieces_built", "records", "batches"),
+    *("read_msec", "compute_msec", "write_msec"),
+)
 
 
 def plan(
@@ -125,38 +132,53 @@ def pieces(group: Group, index_rows: int) -> list[Piece]:
     return [Piece(group, i, count, cuts[i], cuts[i + 1]) for i in range(count)]
 
 
-def build(join: Join, piece: Piece) -> Piece:
-    """Writes a piece's searcher and the places of its rows, unless they are there."""
+def build(join: Join, piece: Piece, tally: Tally | None = None) -> Piece:
+    """Writes a piece's searcher and the places of its rows, unless they are there.
+
+    Args:
+      join: what is joined.
+      piece: which.
+      tally: takes the records and the batches of them, and the seconds of reading, of training the
+        searcher, and of writing.
+    """
+    tally = tally or Tally()
     output = join.output
     mark = piece.path(output, _MARK)
     if marks.read(mark, output.root, piece.fingerprint):
+        tally.add("pieces_found")
         return piece
     earlier = marks.named(mark, output.root)
     matrix = np.empty((piece.stop - piece.start, min(join.numbers, sketch.DIM)), np.float32)
     shards, positions, filled = [], [], 0
-    for shard, position, rows in joining.scaled_rows(join, piece.group, piece.start, piece.stop):
-        matrix[filled : filled + len(rows)] = sketch.sketch(rows)
+    blocks = joining.scaled_rows(join, piece.group, piece.start, piece.stop)
+    for shard, position, rows in timed(blocks, tally, "read"):
+        with tally.timed("compute"):
+            matrix[filled : filled + len(rows)] = sketch.sketch(rows)
+        tally.add("batches")
         filled += len(rows)
         positions.append(position)
         shards.append(shard)
     files.remove([mark])
     with tempfile.TemporaryDirectory() as folder:
-        searcher(matrix).serialize(folder, relative_path=True)
+        with tally.timed("compute"):
+            searcher(matrix).serialize(folder, relative_path=True)
         names = sorted(os.listdir(folder))
         # Named by its content: a retry, while the first attempt still writes, may train another.
         content = [files.checksum(os.path.join(folder, name)) for name in names]
         trained = f"{_SCANN}-{runs.digest(content)}"
         made = {}
-        for name in names:
-            path = piece.path(output, trained, name)
-            made[path] = files.upload(os.path.join(folder, name), path)
+        with tally.timed("write"):
+            for name in names:
+                path = piece.path(output, trained, name)
+                made[path] = files.upload(os.path.join(folder, name), path)
     paths = pa.array([shard.path for shard in join.train])
     places = {
         "shard": pa.DictionaryArray.from_arrays(np.concatenate(shards), paths),
         "position": np.concatenate(positions),
     }
     path = piece.path(output, _ROWS)
-    made[path] = tables.write(path, pa.table(places).cast(tables.INDEX_ROWS))
+    with tally.timed("write"):
+        made[path] = tables.write(path, pa.table(places).cast(tables.INDEX_ROWS))
     marks.write(
         mark,
         output.root,
@@ -167,6 +189,8 @@ def build(join: Join, piece: Piece) -> Piece:
         folder=trained,
     )
     _remove(earlier - set(made))
+    tally.add("pieces_built")
+    tally.add("records", len(matrix))
     _log.info("indexed part %d: %d rows", piece.group.number, len(matrix))
     return piece
 
@@ -264,9 +288,13 @@ class BuildPiece(beam.DoFn):
 
     def __init__(self, join: Join) -> None:
         self._join = join
+        self._counters = Counters("index", *_COUNTED)
 
     def process(self, piece: Piece) -> Iterator[Piece]:
-        yield build(self._join, piece)
+        tally = Tally()
+        build(self._join, piece, tally)
+        self._counters.take(tally)
+        yield piece
 
 
 def planned_groups(join: Join, results: Sequence[ShardResult], index_rows: int) -> list[Group]:

@@ -10,14 +10,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from apache_beam.metrics import Metrics
 from apache_beam.runners.runner import PipelineResult
 
-_STAGES = ("embed",)  # namespaces of ours; others are Beam's and the user's
+# Namespaces of ours; others are Beam's and the user's.
+_STAGES = ("embed", "index", "search", "rescore", "self_influence")
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Tally:
@@ -43,6 +46,17 @@ class Tally:
     def read(self) -> dict[str, int]:
         with self._lock:
             return {name: round(amount) for name, amount in self._found.items()}
+
+
+def timed(items: Iterable[T], tally: Tally, part: str) -> Iterator[T]:
+    """The items; the seconds of making them go to a part of the tally."""
+    making, end = iter(items), object()
+    while True:
+        with tally.timed(part):
+            item: Any = next(making, end)
+        if item is end:
+            return
+        yield item
 
 
 class Counters:

@@ -21,6 +21,7 @@ from tracin_beam.scoring.topk import ROLES, Scored
 from tracin_beam.stages import embed, joining, progress
 from tracin_beam.stages.batching import without_failing
 from tracin_beam.stages.joining import Census, Group, Join
+from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.search import Both, BothScored
 from tracin_beam.stages.workers import Loaded
 from tracin_beam.storage import records
@@ -34,6 +35,12 @@ QUERY_CACHE_BYTES = 512 << 20
 _PRODUCT_BYTES = 64 << 20
 # Batches of parsed examples held at a time.
 _MOST_BATCHES = 16
+
+# Batches count at each checkpoint; queries are those whose gradients were computed, at each too.
+_COUNTED = (
+    *("records", "pairs", "batches", "queries"),
+    *("read_msec", "parse_msec", "queries_msec", "compute_msec"),
+)
 
 
 class Products(NamedTuple):
@@ -64,31 +71,38 @@ class ExactScores:
         self._cache: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
     def products(
-        self, wanted: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+        self,
+        wanted: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        tally: Tally | None = None,
     ) -> Iterator[tuple[int, Products]]:
         """Exact scores of training examples.
 
         Args:
           wanted: queries, at most `Join.block` of them, and the shards and positions of the
             training examples that all of them are to be scored for, in rising order.
+          tally: takes records, pairs, batches and queries, and the seconds by part.
 
         Yields:
           The place in `wanted`, and products; several times, each with other examples.
         """
+        tally = tally or Tally()
         shard = np.concatenate([shard for _, shard, _ in wanted])
         position = np.concatenate([position for *_, position in wanted])
         needed = np.unique(np.stack([shard, position], axis=1), axis=0)
         pairs = sum(len(queries) * len(own) for queries, own, _ in wanted)
         with progress.piece("exact scoring", pairs) as piece:
-            for shards, positions, data in _chunks(self._join, needed):
+            chunks = timed(_chunks(self._join, needed), tally, "read")
+            for shards, positions, data in chunks:
+                tally.add("records", len(data))
                 keys = _keys(shards, positions)
                 for i, (queries, *own) in enumerate(wanted):
                     at = np.searchsorted(keys, np.intersect1d(keys, _keys(*own)))
                     step = self._rows_at_a_time(len(queries))
                     for start in range(0, len(at), step):
                         some = at[start : start + step]
-                        kept, terms = self._terms(queries, [data[j] for j in some])
+                        kept, terms = self._terms(queries, [data[j] for j in some], tally)
                         piece.add(len(some), len(queries) * len(some))
+                        tally.add("pairs", len(queries) * len(some))
                         yield i, Products(kept, shards[some], positions[some], terms)
 
     def _rows_at_a_time(self, queries: int) -> int:
@@ -96,21 +110,32 @@ class ExactScores:
         rows = _PRODUCT_BYTES // (8 * queries * len(self._join.checkpoints))
         return min(_MOST_BATCHES, max(1, rows // size)) * size
 
-    def _terms(self, queries: np.ndarray, data: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def _terms(
+        self, queries: np.ndarray, data: Sequence[bytes], tally: Tally
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The queries that could be computed, and their terms of the score for some records."""
         engine, score = self._loaded.engine, self._join.score
         size = engine.batch_size
-        batches = [self._loaded.parse(data[i : i + size]) for i in range(0, len(data), size)]
+        with tally.timed("parse"):
+            batches = [self._loaded.parse(data[i : i + size]) for i in range(0, len(data), size)]
         products = []
         for place, checkpoint in enumerate(self._join.checkpoints):
             values = engine.values(checkpoint.path)
-            kept, gradients = self._queries(values, place, checkpoint, queries)
-            parts = [engine.scores(values, b, gradients, self._join.target) for b in batches]
-            products.append(np.concatenate(parts).T)
+            with tally.timed("queries"):
+                kept, gradients = self._queries(values, place, checkpoint, queries, tally)
+            with tally.timed("compute"):
+                parts = [engine.scores(values, b, gradients, self._join.target) for b in batches]
+                products.append(np.concatenate(parts).T)
+            tally.add("batches", len(batches))
         return kept, score.by_checkpoint(np.stack(products, axis=2))
 
     def _queries(
-        self, values: Any, place: int, checkpoint: CheckpointFile, queries: np.ndarray
+        self,
+        values: Any,
+        place: int,
+        checkpoint: CheckpointFile,
+        queries: np.ndarray,
+        tally: Tally,
     ) -> tuple[np.ndarray, Any]:
         """The queries whose gradients could be computed, and these, at a checkpoint."""
         key = (place, queries.tobytes())
@@ -136,6 +161,7 @@ class ExactScores:
                 queries[np.asarray(parsed, np.int64)[kept]],
                 None if gradients is None else self._join.score.of_gradients(place, gradients),
             )
+            tally.add("queries", len(self._cache[key][0]))
             each = max(1, engine.query_bytes())
             limit = max(len(self._join.checkpoints), QUERY_CACHE_BYTES // each)
             while len(self._cache) > limit:
@@ -233,12 +259,13 @@ class Rescore(beam.DoFn):
         self._join = join
         self._top_k = top_k
         self._exact: ExactScores | None = None
+        self._counters = Counters("rescore", *_COUNTED)
 
     def process(
         self, pair: tuple[int, Iterable[tuple[int, np.ndarray | None]]], census: Census
     ) -> Iterator[tuple[int, BothScored]]:
         number, asked = pair
-        group = census.groups[number]
+        group, tally = census.groups[number], Tally()
         if self._exact is None:
             self._exact = ExactScores(self._join, census)
         blocks, wanted = [], []
@@ -250,11 +277,12 @@ class Rescore(beam.DoFn):
             blocks.append(block)
             wanted.append((queries, places[:, 0], places[:, 1]))
         best: dict[int, BothScored] = {}
-        for i, products in self._exact.products(wanted):
+        for i, products in self._exact.products(wanted, tally):
             found = best_of(products, self._top_k)
             if i in best:
                 found = merged(best[i], found, self._top_k)
             best[i] = found
+        self._counters.take(tally)
         for i, both in best.items():
             yield blocks[i], both
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from tracin_beam._version import __version__
 from tracin_beam.signals import registry
 from tracin_beam.signals.registry import Rows, Signal, Statistic
+from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.storage import embeddings, files, marks, runs, sinks, tables
 from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.runs import CheckpointFile, Made, Output, ShardResult
@@ -23,6 +24,14 @@ _PIECE_ROWS = 65_536
 # What tells which example a row is of, before and after the signals.
 _BEFORE = (("id", pa.string()), ("label", pa.float64()), ("prediction", pa.float64()))
 _AFTER = (("shard", pa.string()), ("position", pa.int64()))
+
+
+# Records and seconds are those of tables that were not found; the seconds of a table are all of
+# them, writing included.
+_COUNTED = (
+    *("tables_found", "tables_renamed", "tables_written", "records", "batches"),
+    *("read_msec", "compute_msec", "table_msec"),
+)
 
 
 def schema() -> pa.Schema:
@@ -116,10 +125,17 @@ class WriteSelfInfluence(beam.DoFn):
         self._checkpoints = list(checkpoints)
         self._fingerprints = dict(shards)
         self._numbers = {path: number for number, path in enumerate(shards)}
+        self._counters = Counters("self_influence", *_COUNTED)
 
     def process(
         self, result: ShardResult, statistics: Mapping[str, Any] = MappingProxyType({})
     ) -> Iterator[Made]:
+        tally = Tally()
+        made = self._made(result, statistics, tally)
+        self._counters.take(tally)
+        yield made
+
+    def _made(self, result: ShardResult, statistics: Mapping[str, Any], tally: Tally) -> Made:
         output, path = self._output, result.shard.path
         name = runs.numbered("self_influence", self._numbers[path], len(self._numbers))
         wanted = output.self_influence(name)
@@ -134,14 +150,17 @@ class WriteSelfInfluence(beam.DoFn):
         )
         kept = marks.read(mark, output.root, fingerprint)
         if kept and list(kept["files"]) == [wanted]:
-            yield wanted, kept["files"][wanted]
-            return
+            tally.add("tables_found")
+            return wanted, kept["files"][wanted]
         files.remove([mark, output.done("self_influence")])
         stamp = self._copied(kept["files"], wanted) if kept else None
+        tally.add("tables_written" if stamp is None else "tables_renamed")
         if stamp is None:
-            stamp = sinks.write_parquet(wanted, schema(), self._pieces(result, statistics))
+            with tally.timed("table"):
+                pieces = self._pieces(result, statistics, tally)
+                stamp = sinks.write_parquet(wanted, schema(), pieces)
         marks.write(mark, output.root, fingerprint, {wanted: stamp})
-        yield wanted, stamp
+        return wanted, stamp
 
     def _copied(self, kept: Mapping[str, files.Stamp], wanted: str) -> files.Stamp | None:
         """Gives a table another name, unless another shard's has just taken its own."""
@@ -152,13 +171,19 @@ class WriteSelfInfluence(beam.DoFn):
             return None
         return stamp if (stamp.size, stamp.checksum) == (known.size, known.checksum) else None
 
-    def _pieces(self, result: ShardResult, statistics: Mapping[str, Any]) -> Iterator[pa.Table]:
+    def _pieces(
+        self, result: ShardResult, statistics: Mapping[str, Any], tally: Tally
+    ) -> Iterator[pa.Table]:
         """The rows of a shard's table, some thousand at a time."""
         output = self._output
         paths = [output.embeddings(runs.TRAIN, c.step, result.shard) for c in self._checkpoints]
         waiting: list[pa.Table] = []
-        for parts in embeddings.read_checkpoints(paths, result.excluded):
-            waiting.append(table_of(parts, self._checkpoints, result.shard.path, statistics))
+        for parts in timed(embeddings.read_checkpoints(paths, result.excluded), tally, "read"):
+            with tally.timed("compute"):
+                rows = table_of(parts, self._checkpoints, result.shard.path, statistics)
+            waiting.append(rows)
+            tally.add("records", len(rows))
+            tally.add("batches")
             if sum(map(len, waiting)) >= _PIECE_ROWS:
                 yield pa.concat_tables(waiting)
                 waiting = []
