@@ -469,7 +469,7 @@ def _errors_of_ours() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(wanted: bool) -> Iterator[None]:
-    """Within it a bar shows how far the work in this process is."""
+    """In this block a bar shows how far the work in this process is."""
     from tqdm.auto import tqdm
 
     from tracin_beam.stages import progress

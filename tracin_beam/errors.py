@@ -23,12 +23,12 @@ class InputError(ValueError):
       There is no run.json in nowhere: no run has written there.
     """
 
-    # Beam adds a worker's step to the message of errors that do not say this of themselves.
+    # Beam adds a worker's step to the message of errors that do not have this attribute.
     _tagged_with_step = True
 
     @property
     def __notes__(self) -> list[str]:  # type: ignore[override]
-        """What Python's traces have below the message: the mark, of errors in workers' threads."""
+        """The lines below the message in a trace: the mark, for errors in workers' threads."""
         if threading.current_thread() is threading.main_thread():
             return []
         return [MARK + json.dumps(str(self))]

@@ -193,7 +193,7 @@ def squared_norm(form: Form) -> tf.Tensor:
     """‖G_b‖² for each example, exact: float32 [B].
 
     ‖Σ_p a_p ⊗ g_p‖² = Σ_pq (a_p·a_q)(g_p·g_q): the Gram form, or the gradient written out,
-    whichever takes fewer multiplications. Of a sum with the products of its parts.
+    whichever takes fewer multiplications. For a sum the products of its parts are added.
     """
     match form:
         case Sum(parts):

@@ -305,7 +305,7 @@ def _row_close(
 ) -> bool:
     if together.ndim and together.shape[0] == size and one.shape == (1, *together.shape[1:]):
         if not _close(one[0], together[row], tolerance):
-            # What differs by rounding of large numbers is not what an example is known by.
+            # Rounding of large numbers makes differences far below those between examples.
             spread = np.ptp(together.astype(np.float64), axis=0) if one.dtype.kind in "fV" else 0
             return bool(
                 one.dtype.kind in "fV"

@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from tracin_beam.gradients import nests
 
-# By place among the leaves that are not None: int64 [n, k], each example's own size along the k
-# axes after the first, which may be padded.
+# int64 [n, k], each example's own size along the k axes after the first, which may be padded; by
+# the leaf's place among those that are not None.
 Extents = Mapping[int, Any]
 
 

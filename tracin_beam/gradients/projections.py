@@ -61,7 +61,7 @@ class Projection(Protocol):
 
 
 class _OneWay:
-    """What projections have in common that write every gradient out."""
+    """The shared methods of projections that write every gradient out."""
 
     def numbers(self, spec: WeightSpec, form: Form) -> int:
         del form

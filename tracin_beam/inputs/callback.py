@@ -92,7 +92,7 @@ def _write(
     epoch: int | None,
     iterations: int | None,
 ) -> str:
-    """Saves the weights and appends an entry to these, in place and in the listing."""
+    """Saves the weights and appends an entry to `entries`, in place and in the listing."""
     if lost := weights.unsaved(model):
         warnings.warn(
             f"The checkpoint of step {step} is not enough to compute with. "
@@ -252,7 +252,7 @@ class TracInCheckpoint(keras.callbacks.Callback):
         return found
 
     def _changed(self, others: list[np.ndarray], tolerance: float = 0.0) -> bool:
-        """Whether the weights after the last step were others than these."""
+        """Whether the weights after the last step differ from these others."""
         return any(
             np.abs(a - b).max(initial=0) > tolerance * np.abs(a).max(initial=0)
             for a, b in zip(self._trained, others, strict=True)

@@ -307,7 +307,7 @@ def _loggers(tree: ast.Module) -> set[str]:
 
 
 class _Quiet(ast.NodeTransformer):
-    """Takes out what says something and does nothing."""
+    """Takes out docstrings, logging and what only a script does, none of which changes a result."""
 
     def __init__(self, loggers: set[str]) -> None:
         self._loggers = loggers

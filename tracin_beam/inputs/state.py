@@ -122,7 +122,7 @@ def _digest(words: Iterable[str]) -> str:
 
 
 def adapted_in_archive(archive: zipfile.ZipFile) -> list[list[str]]:
-    """The same of the model in a `.keras` file: [layer, what, digest] of each."""
+    """As `adapted`, for the model in a `.keras` file: [layer, what, digest] of each."""
     found: list[list[str]] = []
     configs: list[Any] = [json.loads(archive.read("config.json"))]
     while configs:

@@ -337,7 +337,7 @@ class _Pairing:
                 yield from self.pairs(in_model, in_file)
 
     def _given(self, label: str | None) -> bool:
-        """Whether a user gave the name of a layer."""
+        """Whether a layer's name was given by a user, and not made up by Keras."""
         return label is not None and (
             re.sub("^(forward|backward)_", "", _family(label)) not in self._classes
         )

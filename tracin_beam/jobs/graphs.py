@@ -138,7 +138,7 @@ def finish(
 
 
 def write_counters(run: Run, job: Job, counters: dict[str, dict[str, int]]) -> None:
-    """Adds what the workers counted to the timings in run.json; nothing, if they told nothing."""
+    """Adds what the workers counted to the timings in run.json, if the runner tells it."""
     timing = runs.read_run(run.output).get("timings", {}).get(job.name)
     if counters and timing:
         write_run(run, {"timings": {job.name: {**timing, "counters": counters}}})
@@ -174,8 +174,8 @@ def is_done(job: Job, run: Run) -> bool:
 def _changed_embeddings(run: Run, made: dict[str, files.Stamp]) -> str:
     """What is the matter with the first embedding file that is not what it was; "" if none is.
 
-    Nothing is made from them now, and what will be reads them again. So where they are many or far
-    away their sizes will do.
+    A job that is done reads no embeddings, and later jobs check those that they read. So where
+    there are many files, or far away ones, their sizes are enough.
     """
     there = files.under(run.output.path("embeddings"))
     for path, stamp in made.items():

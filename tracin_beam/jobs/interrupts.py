@@ -17,7 +17,7 @@ _last_words: list[Callable[[], None]] = []
 
 @contextlib.contextmanager
 def handled(prog: str) -> Iterator[None]:
-    """Within it the signals end the process with status 130 or 143.
+    """In this block the signals end the process with status 130 or 143.
 
     It does not wait for workers, which would go on until their piece of work is done: what is
     finished is found by the next run, and unfinished files are removed. Outside of the main thread,
@@ -51,11 +51,11 @@ def handled(prog: str) -> Iterator[None]:
 
 
 def _kill_workers() -> None:
-    """Ends the processes that this one has started, and those of these, where /proc tells."""
+    """Ends the processes that this one has started, and theirs in turn, where /proc lists them."""
     children: dict[int, list[int]] = {}
     for stat in glob.glob("/proc/[0-9]*/stat"):
         with contextlib.suppress(OSError), open(stat) as handle:
-            # The name before it, in brackets, may hold anything.
+            # The process's name, which comes before its parent in brackets, may hold anything.
             parent = int(handle.read().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.split("/")[2]))
     found = [os.getpid()]
@@ -68,7 +68,7 @@ def _kill_workers() -> None:
 
 @contextlib.contextmanager
 def telling(tell: Callable[[], None]) -> Iterator[None]:
-    """Within it `tell` is called before the process ends by a signal; it must be quick."""
+    """In this block `tell` is called before the process ends by a signal; it must be quick."""
     _last_words.append(tell)
     try:
         yield

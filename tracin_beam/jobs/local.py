@@ -60,7 +60,7 @@ def prepare(options: PipelineOptions) -> None:
 
 
 def secure() -> None:
-    """Does it for all servers that this process will start; doing it again changes nothing."""
+    """Secures all servers that this process will start; a second call changes nothing."""
     # The local runner's streams have a thread that takes what is in the buffer every 1,000 ms,
     # also while another thread writes an element into it (`data_plane.py`: only flushes lock each
     # other out). The receiver then decodes halves of elements, and what is written between taking
@@ -73,7 +73,7 @@ def secure() -> None:
 
 @contextlib.contextmanager
 def without_interactive_beam() -> Iterator[None]:
-    """Within it a notebook is nothing special to Beam, for this thread and all others.
+    """In this block a notebook is nothing special to Beam, for this thread and all others.
 
     In one Beam renames every step after the cell, so that a rerun has other names, leaves its
     temporary folder, and imports its data frames, which do not go with every pandas.

@@ -63,7 +63,7 @@ class Run:
 
     @property
     def shard_fingerprints(self) -> dict[str, str]:
-        """By path of a shard: what its embeddings and their scores depend on."""
+        """A digest of what the embeddings and scores of a shard depend on, by the shard's path."""
         rates = [c.learning_rate for c in self.checkpoints]
         by_shard: dict[str, list[str]] = {}
         for unit in self.units:
@@ -125,7 +125,7 @@ def prepared(config: Config, job: Job) -> Iterator[Run]:
 
 
 def _claims(job: Job, found: CheckedRun) -> tuple[str, tuple[str, ...]]:
-    """What the job is called, and what no other may work on meanwhile."""
+    """What the job is called, and what no other job may work on meanwhile."""
     test = [f"the test set {found.run.config.test_name!r}"] if found.run.test else []
     name = " of ".join([job.name, *test])
     if found.stale:
@@ -140,7 +140,7 @@ def _shared(run: Run) -> str:
 
 
 def _names(state: Mapping[str, Any]) -> Any:
-    """What of run.json a run depends on."""
+    """The entries of run.json that a run depends on."""
     return state.get("fingerprint"), state.get("sets")
 
 

@@ -39,12 +39,12 @@ class Job:
 
     @property
     def on_beam(self) -> bool:
-        """Whether it runs as a pipeline."""
+        """Whether the job runs as a pipeline."""
         return bool(self.code)
 
     @property
     def parts(self) -> "Parts":
-        """What it is made of, imported now."""
+        """The functions that the job is made of, imported now."""
         found: Parts = importlib.import_module(self.code).PARTS
         return found
 

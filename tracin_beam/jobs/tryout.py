@@ -181,7 +181,7 @@ def _cost_of(
 def _check_independence(
     loaded: Any, checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
 ) -> Any:
-    """Refuses models and losses for which an example has no gradient of its own; their batch."""
+    """Refuses models and losses that give an example no gradient of its own; returns the batch."""
     batch = loaded.parse(usable)
     for checkpoint in _ends(checkpoints):
         loaded.engine.check_independence(loaded.engine.values(checkpoint.path), batch)
@@ -194,7 +194,7 @@ def _verify(loaded: Any, checkpoints: Sequence[CheckpointFile], batch: Any) -> N
 
 
 def _ends(checkpoints: Sequence[CheckpointFile]) -> list[CheckpointFile]:
-    """The first and the last, where a model may behave differently."""
+    """The first and the last checkpoint, as a model may behave differently at each."""
     return list(dict.fromkeys([checkpoints[0], checkpoints[-1]]))
 
 

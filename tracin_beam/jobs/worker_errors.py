@@ -80,7 +80,7 @@ def _parts(error: BaseException) -> tuple[str, str, str]:
 
 @contextlib.contextmanager
 def without_traces() -> Iterator[None]:
-    """Within it the traces that Beam prints of workers' errors, which are shown anyway, are not."""
+    """In this block Beam prints no traces of workers' errors, which are shown in one line later."""
     if shows_traces():
         yield
         return

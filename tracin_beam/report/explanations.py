@@ -183,6 +183,7 @@ def _differ(one: float | None, other: float | None) -> bool:
 
 
 def is_wrong(read: Reading, prediction: float | None, label: float | None) -> bool:
+    """Whether a class is predicted that is not the label; False if either is unknown."""
     return read.classes and _differ(read.predicted(prediction), label)
 
 

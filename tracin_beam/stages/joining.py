@@ -266,7 +266,7 @@ def train_rows(join: Join, group: Group) -> Iterator[tuple[np.ndarray, np.ndarra
 def scaled_rows(
     join: Join, group: Group, start: int, stop: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The same of the group's examples from one to another, with √weight_c e_c."""
+    """As `train_rows`, for the group's examples from `start` to `stop`, with √weight_c e_c."""
     yield from _blocks(
         join,
         runs.TRAIN,

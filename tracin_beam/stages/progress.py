@@ -156,7 +156,7 @@ def read() -> list[Progress]:
 def reported(
     show: Callable[[Sequence[Progress], float], None], seconds: float | None = None
 ) -> Iterator[None]:
-    """Within it the progress of a job in this process is shown at intervals; it starts anew.
+    """In this block the progress of a job in this process is shown at intervals; it starts anew.
 
     Args:
       show: takes what `read` gives, which is empty while something is done that is not counted, and

@@ -137,7 +137,7 @@ class ExactScores:
         queries: np.ndarray,
         tally: Tally,
     ) -> tuple[np.ndarray, Any]:
-        """The queries whose gradients could be computed, and these, at a checkpoint."""
+        """The queries whose gradients at a checkpoint could be computed, and the gradients."""
         key = (place, queries.tobytes())
         if key not in self._cache:
             shards, positions = self._census.places(queries)
@@ -305,7 +305,7 @@ def best_of(products: Products, count: int) -> BothScored:
 
 
 def merged(one: BothScored, other: BothScored, count: int) -> BothScored:
-    """The best of two."""
+    """The best `count` pairs of each role out of two selections."""
     both = []
     for role, parts in zip(ROLES, zip(one, other, strict=True), strict=True):
         rows = topk.merge(parts)

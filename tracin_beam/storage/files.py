@@ -197,7 +197,7 @@ def checksum(path: str) -> str:
 
 
 def size(path: str) -> int:
-    """Of a file, in bytes.
+    """The size of a file in bytes.
 
     Raises:
       OSError: it is not there.
@@ -209,10 +209,10 @@ def size(path: str) -> int:
 
 
 def signature(path: str) -> str:
-    """The same as long as a file is certainly as it was, without reading it.
+    """A text that stays the same while a file certainly does, made without reading the file.
 
-    Of a local file its number, size and the times of its last changes, one of which no program can
-    set; elsewhere the checksum the file system keeps.
+    For a local file it holds the file's number, size and the times of its last changes, one of
+    which no program can set; elsewhere it is the checksum that the file system keeps.
 
     Raises:
       OSError: it is not there.
@@ -403,8 +403,8 @@ def _replace(source: str, target: str) -> None:
     try:
         FileSystems.rename([source], [target])
     except BeamIOError:
-        # Some file systems (HDFS) do not rename over a file: that is put aside until the other
-        # has its name, as what failed may have been something else, and may fail again.
+        # Some file systems (HDFS) do not rename over a file. The old file is put aside until the
+        # new one has its name, as the error may have had another cause, and may come again.
         if not (exists(source) and exists(target)):
             raise
         aside = source.removesuffix(".tmp") + ".old.tmp"

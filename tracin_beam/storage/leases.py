@@ -127,7 +127,7 @@ def waited_for(folder: str, job: str, claim: str) -> contextlib.AbstractContextM
     """A lease for a moment: waits for whoever has it, a minute or two at most.
 
     Raises:
-      Taken: they keep it.
+      Taken: the other run keeps the lease.
     """
     return _retried(folder, job, claim)
 
@@ -176,14 +176,14 @@ def _settle(folder: str, lease: Lease) -> None:
                 continue
             if other["holds"] or other["token"] < lease.token:
                 raise Taken(_said(other, why, folder))
-            waits = True  # it has not looked yet, or it will give way
+            waits = True  # the other has not looked yet, or will give way
         if not waits:
             return
         time.sleep(_LOOK)
 
 
 def _conflict(lease: Lease, other: dict[str, Any]) -> str:
-    """Why both cannot be at work, or ""."""
+    """Why the holders of both leases cannot be at work together, or ""."""
     claims = set(other["claims"])
     if claims & set(lease.claims) or "*" in claims or "*" in lease.claims:
         return "wait for it, or give another --output or --test_name"

@@ -42,7 +42,7 @@ class BadRecord(NamedTuple):
 
 
 class DamageError(Exception):
-    """A file of ours is not as it was written."""
+    """A file that this package wrote is not as it was written."""
 
 
 class Piece(NamedTuple):

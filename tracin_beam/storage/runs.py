@@ -356,8 +356,8 @@ def _is_plain(name: str) -> bool:
 def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
     """Removes what dead runs left unfinished, and what belonged to inputs that are gone.
 
-    Of the sets of this run these are the embeddings whose shard or checkpoint is no file any
-    more. Those of inputs that this run only does not name are kept.
+    In the sets of this run, embeddings go whose shard or checkpoint is no file any more. Those of
+    inputs that are there, and that this run only does not name, are kept.
 
     Args:
       output: the output directory, in which no other run is at work.

@@ -14,13 +14,14 @@ _lock = threading.Lock()
 _removers: dict[str, Callable[[], None]] = {}
 _stopped = threading.Event()
 _folders: list[str] = []
-# Where worker processes of this machine write down what they have begun, for the one that ends all.
+# The folder in which worker processes of this machine note the files that they have begun, for the
+# process that ends them all.
 _NOTES = "TRACIN_UNFINISHED"
 
 
 @contextlib.contextmanager
 def file(path: str, remove: Callable[[], None]) -> Iterator[None]:
-    """Within it there is an unfinished file at `path`, which `remove` removes."""
+    """In this block there is an unfinished file at `path`, which `remove` removes."""
     with _lock:
         _removers[path] = remove
     try:
@@ -35,7 +36,7 @@ def file(path: str, remove: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noted(path: str) -> Iterator[None]:
-    """Within it a note says of a worker process that it has the file."""
+    """In this block a note tells the launcher of the file that a worker process has begun."""
     folder = os.environ.get(_NOTES, "")
     if folder in ("", *_folders) or not os.path.isdir(folder):
         yield  # this process ends by itself what it has begun
@@ -52,7 +53,7 @@ def _noted(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[None]:
-    """Within it temporary files, of other packages and child processes too, lie in one folder.
+    """In this block temporary files, of other packages and child processes too, lie in one folder.
 
     The folder is private to the user, and is removed with all that is in it.
 
@@ -89,7 +90,7 @@ def discard(remove: Callable[[Iterable[str]], None], seconds: float = 1.0) -> No
 
 
 def _discard(remove_files: Callable[[Iterable[str]], None]) -> None:
-    # Twice, as another thread may be about to make what it has said it would.
+    # Twice, as another thread may be about to make the file that it has just announced.
     for pause in (0.05, 0.0):
         with _lock:
             removers = list(_removers.values())
