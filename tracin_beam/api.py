@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tracin_beam.inputs.task import Task
     from tracin_beam.jobs.plan import Planned
+    from tracin_beam.storage.runs import Output
 
 # How paths, numbers and the like may be given; lists of them are joined with commas.
 Value = str | os.PathLike[str] | int | float | bool | None
@@ -86,7 +87,7 @@ class FinishedRun:
             )
         return Explanation(self, rows)
 
-    def _paths(self) -> Any:
+    def _paths(self) -> "Output":
         from tracin_beam.storage import files
         from tracin_beam.storage.runs import Output
 

@@ -66,7 +66,7 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     graphs.finish_with(pipeline, run, JOBS["influence"], results, made, entries, found)
 
 
-def _made_by(run: Run) -> list[Any]:
+def _made_by(run: Run) -> list[object]:
     config = run.config
     return [
         config.top_k,

@@ -32,7 +32,7 @@ class Parts:
 
     graph: Callable[[beam.Pipeline, Run], None]
     summary: Callable[[Run, Mapping[str, Any]], str]
-    made_by: Callable[[Run], Iterable[Any]] = _nothing
+    made_by: Callable[[Run], Iterable[object]] = _nothing
     results: Callable[[Run], Iterable[str]] = _nothing
     page: Callable[[Run, Mapping[str, Any]], dict[str, Stamp]] = _no_page
 

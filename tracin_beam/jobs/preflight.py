@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracin_beam.config import Config
 from tracin_beam.errors import InputError, os_problem
@@ -23,6 +23,10 @@ from tracin_beam.jobs.tryout import try_out
 from tracin_beam.planning import dims
 from tracin_beam.storage import files, leases, runs
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, Unit
+
+if TYPE_CHECKING:
+    from tracin_beam.planning.pilot import Choice
+    from tracin_beam.stages.workers import EngineSource
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ class Run:
     train: tuple[Shard, ...]
     test: tuple[Shard, ...]
     units: tuple[Unit, ...]
-    source: Any
+    source: "EngineSource"
     explicit_ids: bool
     fingerprint: dict[str, str]
     started: float
@@ -86,7 +90,7 @@ class CheckedRun:
     run: Run
     earlier: dict[str, Any]
     stale: bool
-    choice: Any
+    choice: "Choice | None"
     names: Any = None
 
 
@@ -296,11 +300,11 @@ def _earlier_dim(earlier: dict[str, Any]) -> int | None:
 
 def _chosen(
     config: Config,
-    source: Any,
+    source: "EngineSource",
     checkpoints: Sequence[CheckpointFile],
     train: Sequence[Shard],
     test: Sequence[Shard],
-) -> tuple[Any, Any]:
+) -> "tuple[Choice, EngineSource]":
     """The dim that a pilot sample finds good, and the engine with it."""
     from tracin_beam.planning import counts, pilot
     from tracin_beam.stages import workers

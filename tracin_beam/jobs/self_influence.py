@@ -26,7 +26,7 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     graphs.finish_with(pipeline, run, JOBS["self_influence"], results, made)
 
 
-def _made_by(run: Run) -> list[Any]:
+def _made_by(run: Run) -> list[object]:
     from tracin_beam.stages import self_influence
 
     return [self_influence.made_by()]

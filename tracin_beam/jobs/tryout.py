@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracin_beam.config import Config
 from tracin_beam.errors import InputError, reason
@@ -15,6 +15,10 @@ from tracin_beam.inputs import formats
 from tracin_beam.inputs.task import Task, load_task
 from tracin_beam.storage import files
 from tracin_beam.storage.runs import CheckpointFile, Shard
+
+if TYPE_CHECKING:
+    from tracin_beam.gradients.engine import Batch, BatchParser, EngineConfig
+    from tracin_beam.stages.workers import EngineSource, Loaded
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +32,7 @@ def try_out(
     checkpoints: Sequence[CheckpointFile],
     train: Sequence[Shard],
     test: Sequence[Shard],
-) -> tuple[Any, dict[str, str], bool]:
+) -> "tuple[EngineSource, dict[str, str], bool]":
     """Loads everything once and runs some records through it."""
     task, task_source = load_task(files.home(config.task))
 
@@ -81,7 +85,9 @@ def try_out(
     return source, fingerprints.of_task(task, loaded.engine, config, source.task), parser.gives_ids
 
 
-def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -> tuple[bytes, Any]:
+def _load(
+    task: Task, parser: "BatchParser", engine_config: "EngineConfig", train: Sequence[Shard]
+) -> "tuple[bytes, Loaded]":
     """The engine, built for the first record that parses and that the model takes."""
     from tracin_beam.stages import workers
     from tracin_beam.storage import records
@@ -113,7 +119,7 @@ def _load(task: Task, parser: Any, engine_config: Any, train: Sequence[Shard]) -
     )
 
 
-def _first_parsed(loaded: Any, shards: Sequence[Shard]) -> list[bytes]:
+def _first_parsed(loaded: "Loaded", shards: Sequence[Shard]) -> list[bytes]:
     """The first records that parse."""
     from tracin_beam.stages import embed
     from tracin_beam.storage import records
@@ -124,7 +130,9 @@ def _first_parsed(loaded: Any, shards: Sequence[Shard]) -> list[bytes]:
     return [record.data for record in some if record.position in set(positions)]
 
 
-def _reloaded(source: Any, loaded: Any, **changes: Any) -> tuple[Any, Any]:
+def _reloaded(
+    source: "EngineSource", loaded: "Loaded", **changes: Any
+) -> "tuple[EngineSource, Loaded]":
     """This process's engine, built again with changes to its configuration."""
     from tracin_beam.stages import workers
 
@@ -135,7 +143,7 @@ def _reloaded(source: Any, loaded: Any, **changes: Any) -> tuple[Any, Any]:
 
 
 def _depends_on_padding(
-    loaded: Any, checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
+    loaded: "Loaded", checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
 ) -> bool:
     """Whether examples have another loss or gradient where they are padded to one length."""
     from tracin_beam.gradients import independence
@@ -163,7 +171,7 @@ def _depends_on_padding(
 
 
 def _cost_of(
-    slow: Mapping[str, str | None], loaded: Any, checkpoint: CheckpointFile, batch: Any
+    slow: Mapping[str, str | None], loaded: "Loaded", checkpoint: CheckpointFile, batch: "Batch"
 ) -> str:
     """Which weights no rule is for, and by how much they slow the run."""
     engine = loaded.engine
@@ -179,8 +187,8 @@ def _cost_of(
 
 
 def _check_independence(
-    loaded: Any, checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
-) -> Any:
+    loaded: "Loaded", checkpoints: Sequence[CheckpointFile], usable: Sequence[bytes]
+) -> "Batch":
     """Refuses models and losses that give an example no gradient of its own; returns the batch."""
     batch = loaded.parse(usable)
     for checkpoint in _ends(checkpoints):
@@ -188,7 +196,7 @@ def _check_independence(
     return batch
 
 
-def _verify(loaded: Any, checkpoints: Sequence[CheckpointFile], batch: Any) -> None:
+def _verify(loaded: "Loaded", checkpoints: Sequence[CheckpointFile], batch: "Batch") -> None:
     for checkpoint in _ends(checkpoints):
         loaded.engine.verify(loaded.engine.values(checkpoint.path), batch)
 
@@ -217,7 +225,7 @@ def _check_gradients(tried: Sequence[_Tried], flag: str, target: str) -> None:
 
 
 def _try(
-    loaded: Any, checkpoint: CheckpointFile, target: str, flag: str, shards: Sequence[Shard]
+    loaded: "Loaded", checkpoint: CheckpointFile, target: str, flag: str, shards: Sequence[Shard]
 ) -> _Tried:
     """Some of the first records that can be used at a checkpoint; an InputError if none can."""
     from tracin_beam.stages import embed

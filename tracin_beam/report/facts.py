@@ -43,7 +43,7 @@ def _counts(counts: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _checkpoints(checkpoints: Any) -> str:
+def _checkpoints(checkpoints: object) -> str:
     if not isinstance(checkpoints, Sequence) or not checkpoints:
         return ""
     steps = [c["step"] for c in checkpoints if c.get("step") is not None]

@@ -2,7 +2,6 @@
 
 import math
 import unicodedata
-from typing import Any
 
 from tracin_beam.storage import tables
 
@@ -24,7 +23,7 @@ def number(value: float, *, sign: bool = False) -> str:
     return f"{value:{plus},.{decimals}f}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """An id or a label on one line, cut in its middle where it is very long."""
     text = tables.text(value) if isinstance(value, bytes) else str(value)
     if len(text) > LONGEST_NAME:
@@ -33,7 +32,7 @@ def shown(value: Any) -> str:
     return printable(text)
 
 
-def printable(value: Any) -> str:
+def printable(value: object) -> str:
     r"""Anything as text, its control and bidirectional characters as \x1b, \u202e …"""
     text = tables.text(value) if isinstance(value, bytes) else str(value)
     return "".join(

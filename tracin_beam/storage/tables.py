@@ -84,7 +84,7 @@ def paths(folder: str) -> list[str]:
     return found
 
 
-def text(value: Any) -> str:
+def text(value: bytes | bytearray | memoryview) -> str:
     r"""An id as text, another one for every other id.
 
     Bytes that are no UTF-8 become \xff and the like. Backslashes before such bytes are doubled, and
