@@ -131,7 +131,7 @@ def test_overwrite_clears_the_bucket(tiny):
 
 # The number of files that have got their names: in the midst of embedding, and in the index.
 # The first five are the lease and run.json.
-@pytest.mark.parametrize(("calls", "where"), [(10, "embeddings/"), (33, "index/part-")])
+@pytest.mark.parametrize(("calls", "where"), [(10, "embeddings/"), (44, "index/part-")])
 def test_killed_before_a_file_has_its_name(tiny, pipeline_options, calls, where):
     clear(tiny)
     argv = [*tiny.argv("influence", **FLAGS), *pipeline_options]
