@@ -303,7 +303,7 @@ def check_suffix(path: str) -> None:
         raise InputError(
             _other_kind(path)
             or f"{path} is not a checkpoint that can be read: its name must end in {WEIGHTS} or "
-            f"{MODEL}. Save others again with model.save_weights"
+            f"{MODEL}. Save checkpoints of other kinds again with model.save_weights"
         )
 
 

@@ -614,7 +614,7 @@ class WeightsLoader:
             raise InputError(
                 f"The model in {path} has another {first_ten(missing)} than the model that the "
                 "task builds. These are no variables, so they cannot be loaded: let the task build "
-                "the model with those of the training, which all checkpoints must share"
+                "the model with the values of the training, which all checkpoints must share"
             )
         outside = state.outside(self._model)
         first, before = self._first = self._first or (path, outside)

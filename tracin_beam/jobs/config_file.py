@@ -35,7 +35,9 @@ def read(path: str, known: Mapping[str, str]) -> list[str]:
     except OSError as error:
         raise InputError(f"--config={path} cannot be read: {error}") from None
     if len(content) > _LARGEST:
-        raise InputError(f"--config={path} is larger than {_LARGEST:,} bytes: it is no such file.")
+        raise InputError(
+            f"--config={path} is larger than {_LARGEST:,} bytes, which no file of flags is."
+        )
     try:
         root = yaml.compose(content.decode("utf-8-sig"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

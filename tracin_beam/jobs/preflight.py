@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Times that a run looks at its input, should others in the same output begin and end meanwhile.
-_LOOKS = 5
+# Times that a run checks its input, should other runs in the same output begin and end meanwhile.
+_ATTEMPTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def prepared(config: Config, job: Job) -> Iterator[Run]:
     Raises:
       InputError: anything that the run would trip over.
     """
-    for _ in range(_LOOKS):
+    for _ in range(_ATTEMPTS):
         found = check(config, with_test=job.uses_test)
         run, output = found.run, found.run.output
         name, claims = _claims(job, found)
