@@ -119,9 +119,13 @@ def prepared(config: Config, job: Job) -> Iterator[Run]:
                     continue  # another run has begun or ended in the meantime
                 run = dataclasses.replace(run, lease=lease)
                 _begin(found, run)
-            except OSError as error:
+            except (OSError, InputError) as error:
+                # A file that cannot be written is an InputError already, which names no flag.
+                cause = error.__cause__ if isinstance(error, InputError) else error
+                if not isinstance(cause, OSError):
+                    raise
                 raise InputError(
-                    f"--output={config.output} cannot be written to: {os_problem(error) or error}"
+                    f"--output={config.output} cannot be written to: {os_problem(cause) or cause}"
                 ) from error
             yield run
             return
