@@ -51,7 +51,11 @@ def bare_pass(engine: Engine, batch: Batch) -> Callable[[], object]:
             loss = LOSS(y, model(x, training=False))
         return tape.gradient(loss, model.trainable_variables)
 
-    return lambda: [tf.convert_to_tensor(g)[:1].numpy() for g in step(batch.features, batch.label)]
+    def run() -> object:
+        gradients = step(batch.features, batch.label)
+        return [tf.convert_to_tensor(g)[:1].numpy() for g in gradients if g is not None]
+
+    return run
 
 
 def medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
