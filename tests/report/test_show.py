@@ -87,7 +87,9 @@ class TestShowFeatures:
         assert show_features(ids, raw).content == "Muddy waters – still"
 
     @pytest.mark.parametrize(
-        "raw", [b"", b"\xff\xfe not an example", serialized(id=b"train-1", x=b"\0\x01\x80?")]
+        "raw",
+        [b"", b"\xff\xfe not an example", serialized(id=b"train-1", x=b"\0\x01\x80?")],
+        ids=["empty", "no example", "an example"],
     )
     def test_numbers(self, raw):
         assert show_features(np.asarray([1.23456, 20000.0, 3.0]), raw).content == "1.235 2e+04 3"
