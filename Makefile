@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := quickstart
 PYTEST_ARGS ?=
+# Each holds TensorFlow: some 3 GB.
+PYTEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile
 # For test-engines: those of deploy/engines, with commas.
 ENGINES ?= all
 # For chaos.
@@ -50,7 +52,7 @@ $(QUICKSTART)/.trained: examples/digits/task.py examples/digits/train.py | $(INS
 	@touch $@
 
 test: $(INSTALLED)  ## run the tests; PYTEST_ARGS='-k report' chooses some
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
 
 test-engines: $(INSTALLED)  ## the same job on Prism, Flink and Spark; ENGINES=prism,flink chooses
 	$(BIN)/python -m pytest tests/engines --engines=$(ENGINES) $(PYTEST_ARGS)

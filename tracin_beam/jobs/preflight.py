@@ -121,11 +121,13 @@ def prepared(config: Config, job: Job) -> Iterator[Run]:
                 _begin(found, run)
             except (OSError, InputError) as error:
                 # A file that cannot be written is an InputError already, which names no flag.
-                cause = error.__cause__ if isinstance(error, InputError) else error
-                if not isinstance(cause, OSError):
+                said: object = error
+                if isinstance(error, OSError):
+                    said = os_problem(error) or error
+                elif not isinstance(error.__cause__, OSError):
                     raise
                 raise InputError(
-                    f"--output={config.output} cannot be written to: {os_problem(cause) or cause}"
+                    f"--output={config.output} cannot be written to: {said}"
                 ) from error
             yield run
             return
