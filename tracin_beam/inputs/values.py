@@ -328,33 +328,45 @@ def _array(array: np.ndarray) -> list[Any] | None:
 
 
 def _automatic_names(value: Any) -> dict[str, str]:
-    """Names that Keras made up for the layers of a model → the same in every process."""
+    """Names that Keras made up for a model's layers and operations → the same in every process."""
     layers = value._flatten_layers() if hasattr(value, "_flatten_layers") else []
     found: dict[str, str] = {}
     for layer in layers:
-        stem = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", type(layer).__name__)
-        stem = re.sub(r"([a-z])([A-Z])", r"\1_\2", stem).lower()
-        if re.fullmatch(rf"{re.escape(stem)}(_\d+)?", layer.name):
-            found.setdefault(layer.name, f"{stem} {len(found)}")
+        # A functional model's graph has operations that are no layers, as masks have.
+        for named in (layer, *getattr(layer, "operations", ())):
+            stem = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", type(named).__name__)
+            stem = re.sub(r"([a-z])([A-Z])", r"\1_\2", stem).lower()
+            if re.fullmatch(rf"{re.escape(stem)}(_\d+)?", named.name):
+                found.setdefault(named.name, f"{stem} {len(found)}")
     return found
 
 
-def _unnumbered(config: Any, names: Mapping[str, str]) -> Any:
-    """A configuration without the numbers that Keras gives names in each process, and seeds."""
+# Where a functional model's configuration names layers and operations.
+_PLACES = ("keras_history", "input_layers", "output_layers")
+
+
+def _unnumbered(config: Any, names: Mapping[str, str], is_place: bool = False) -> Any:
+    """A configuration without the numbers that Keras gives names in each process, and seeds.
+
+    Args:
+      config: of a Keras object, or a part of it.
+      names: from `_automatic_names`.
+      is_place: whether text in it names a layer. Elsewhere the same word may be an activation.
+    """
     if isinstance(config, dict):
         return {
-            k: re.sub(r"_\d+$", "", v)
-            if k == "name" and isinstance(v, str) and v not in names
-            else _unnumbered(v, names)
+            k: names.get(v, re.sub(r"_\d+$", "", v))
+            if k == "name" and isinstance(v, str)
+            else _unnumbered(v, names, is_place or k in _PLACES)
             for k, v in config.items()
             if k != "seed"
         }
     if isinstance(config, list | tuple):
-        return [_unnumbered(x, names) for x in config]
+        return [_unnumbered(x, names, is_place) for x in config]
     if isinstance(config, str):
         if re.fullmatch(r"keras_tensor(_\d+)?(CLONE)?", config):
             return "keras_tensor"
-        return names.get(config, config)
+        return names.get(config, config) if is_place else config
     return config
 
 
