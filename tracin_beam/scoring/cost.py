@@ -2,7 +2,8 @@
 
 The exact product of all queries with all rows needs no index, and gives both roles at once. A
 ScaNN tree over rows that are sketched once more costs its building, and little for each query. The
-constants were measured on two cores (benchmarks/index.py); elsewhere they are of that order.
+constants are for two cores, and elsewhere of that order; `benchmarks/index.py --crossover` prints
+what they expect beside what both ways take.
 """
 
 import dataclasses
