@@ -11,37 +11,15 @@ queries. `--crossover`: both ways for more and more queries. All three without a
 import argparse
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
 
+import launched
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-TASK = """
-import keras
-import tracin_beam
-
-
-def build_model():
-    return keras.Sequential(
-        [
-            keras.Input((784,)),
-            keras.layers.Dense(512, activation="relu"),
-            keras.layers.Dense(256, activation="relu"),
-            keras.layers.Dense(10),
-        ]
-    )
-
-
-task = tracin_beam.Task(
-    build_model,
-    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    tracin_beam.Parser(features=((784,), "float32"), label=((), "int64")),
-)
-"""
+ROOT = launched.ROOT
+TASK = launched.mlp_task(784, (512, 256))
 
 
 def main() -> None:
@@ -134,30 +112,10 @@ def prepare(folder: pathlib.Path, data: pathlib.Path, examples: int) -> None:
 
 def run(folder: pathlib.Path, stage: str, *flags: str) -> tuple[float, float]:
     """Seconds of a command, and megabytes of its process at most."""
-    command = [
-        sys.executable,
-        "-m",
-        f"pipelines.{stage}",
-        f"--task={folder}/index_task.py:task",
-        f"--checkpoints={folder}/checkpoints",
-        f"--train={folder}/train-*.tfrecord",
-        *flags,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        said.seek(0)
-        text = said.read().decode(errors="replace")
-    if status:
-        sys.exit(text)
+    seconds, peak, said = launched.run(folder, "index_task", stage, *flags)
     if os.environ.get("SHOW"):
-        print(text, file=sys.stderr)
-    return seconds, usage.ru_maxrss / 1024
+        print(said, file=sys.stderr)
+    return seconds, peak
 
 
 def rows_of(rows: int, numbers: int, seed: int) -> np.ndarray:

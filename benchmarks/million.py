@@ -9,39 +9,15 @@ the run took beside its stages: to start, to check the input, and to end.
 
 import argparse
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
-import time
 
+import launched
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-TASK = """
-import keras
-import tracin_beam
-
-
-def build_model():
-    return keras.Sequential(
-        [
-            keras.Input((64,)),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(10),
-        ]
-    )
-
-
-task = tracin_beam.Task(
-    build_model,
-    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    tracin_beam.Parser(features=((64,), "float32"), label=((), "int64")),
-)
-"""
+TASK = launched.mlp_task(64, (64,))
 
 
 def main() -> None:
@@ -102,31 +78,10 @@ def prepare(folder: pathlib.Path, examples: int, tests: int, shards: int) -> Non
 
 def run(folder: pathlib.Path, stage: str, flags: list[str]) -> tuple[float, float, str]:
     """Seconds of a job, megabytes of its process at most, and what it said."""
-    command = [
-        sys.executable,
-        "-m",
-        f"pipelines.{stage}",
-        f"--task={folder}/million_task.py:task",
-        f"--checkpoints={folder}/checkpoints",
-        f"--train={folder}/train-*.tfrecord",
-        f"--output={folder}/out",
-        "--dim=256",
-        *([f"--test={folder}/test-*.tfrecord"] if stage == "influence" else []),
-        *flags,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        said.seek(0)
-        text = said.read().decode(errors="replace")
-    if status:
-        sys.exit(text[-5000:])
-    return seconds, usage.ru_maxrss / 1024, text
+    test = [f"--test={folder}/test-*.tfrecord"] if stage == "influence" else []
+    return launched.run(
+        folder, "million_task", stage, f"--output={folder}/out", "--dim=256", *test, *flags
+    )
 
 
 def stages(folder: pathlib.Path, said: str) -> str:
