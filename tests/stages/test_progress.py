@@ -68,7 +68,8 @@ def test_nothing_is_said_of_the_time_left_before_anything_is_done(clock, reporte
         assert str(progress.read()[0]) == "scoring: 0 examples, 0 a second"
 
 
-def test_lines_come_while_a_piece_is_worked_on(monkeypatch, caplog):
+def test_lines_come_while_a_piece_is_worked_on(monkeypatch):
+    monkeypatch.setattr(progress, "_reporters", [])  # other tests' work left theirs, as workers do
     lines, two = [], threading.Event()
 
     def show(parts, seconds):
