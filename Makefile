@@ -14,6 +14,9 @@ ENGINES ?= all
 SEED ?= 0
 KILLS ?= 100
 INPUTS ?= 1000
+# Its engine: flink_cluster, which needs Java, Maven and Go, or prism, which needs Go.
+ENGINE ?= flink_cluster
+ENGINE_KILLS ?= 10
 # Of an engine that is started to be tried.
 WORKERS ?= 2
 
@@ -57,8 +60,9 @@ test: $(INSTALLED)  ## run the tests; PYTEST_ARGS='-k report' chooses some
 test-engines: $(INSTALLED)  ## the same job on Prism, Flink and Spark; ENGINES=prism,flink chooses
 	$(BIN)/python -m pytest tests/engines --engines=$(ENGINES) $(PYTEST_ARGS)
 
-chaos: $(INSTALLED)  ## kill runs, damage their output and mutate their input; SEED=0 KILLS=100 INPUTS=1000
-	$(BIN)/python tests/chaos/chaos.py --seed=$(SEED) --kills=$(KILLS) --inputs=$(INPUTS)
+chaos: $(INSTALLED)  ## kill runs, damage their output and mutate their input; SEED=0 KILLS=100 INPUTS=1000 ENGINE=prism
+	$(BIN)/python tests/chaos/chaos.py --seed=$(SEED) --kills=$(KILLS) --inputs=$(INPUTS) \
+	  --engine=$(ENGINE) --engine_kills=$(ENGINE_KILLS)
 
 engines: $(INSTALLED)  ## fetch all engines; needs Go, Java and Maven, see deploy/engines
 	$(BIN)/python deploy/engines/fetch.py

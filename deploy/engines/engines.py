@@ -49,6 +49,7 @@ class Engine:
         self.workers = workers
         self.flags: list[str] = []
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, tuple[Sequence[str], int | None]] = {}
 
     def start(self, name: str, command: Sequence[str], port: int | None = None) -> None:
         """Starts a process and waits until it listens at the port.
@@ -56,6 +57,7 @@ class Engine:
         Raises:
           Missing: it has ended, or does not listen.
         """
+        self._commands[name] = command, port
         log = self.folder / f"{name}.log"
         with log.open("ab") as output:
             self._processes[name] = subprocess.Popen(
@@ -84,6 +86,16 @@ class Engine:
         """The process ids of all of the engine's processes, and of what they have started."""
         own = [process.pid for process in self._processes.values()]
         return [*own, *(pid for parent in own for pid in descendants(parent))]
+
+    def restart(self, name: str) -> None:
+        """Ends a process as `kill` does, and starts it again at the same port."""
+        command, port = self._commands[name]
+        self.kill(name)
+        self.start(name, command, port)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Of the engine's processes, those that begin so."""
+        return [name for name in self._processes if name.startswith(prefix)]
 
     def pid(self, name: str) -> int:
         """The process id of one of the engine's processes."""

@@ -1,16 +1,20 @@
 """Kills, damage, mutated inputs and runs that meet, by chance but as the seed says.
 
-    python tests/chaos/chaos.py --seed=0 --kills=100 --damages=100 --inputs=1000
+    python tests/chaos/chaos.py --seed=0 --kills=100 --engine_kills=10 --inputs=1000
 
 Whole jobs are run in children of one process that has imported everything and computed nothing, so
 that a run costs a second or two. Whatever was done to it, the output must in the end be, byte for
 byte, that of a run which nothing happened to; what is wrong is said in a sentence, and in time.
+
+On an engine of deploy/engines it is a machine, a worker or the launcher that is killed. Where the
+engine cannot be had, as without Java or Go, the summary says so in place of its kills.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import gzip
 import io
 import json
 import logging
@@ -26,15 +30,18 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "deploy" / "engines")]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import engines  # noqa: E402
 import tiny as t  # noqa: E402
+from fetch import Missing  # noqa: E402
 from tiny import Tiny, rows  # noqa: E402
 
 STAGES = ("influence", "self_influence")
-FLAGS = {"index": "scann", "index_rows": 16, "top_k": 5, "recall_queries": 2}
+FLAGS = {"total": True, "index": "scann", "index_rows": 16, "top_k": 5, "recall_queries": 2}
 SECONDS = 300  # after which a run hangs
 
 # What a process does between which it may die: a file gets its name, one is removed.
@@ -46,21 +53,33 @@ class Summary:
     """What happened, and what of it was not right."""
 
     kills: int = 0
+    engine: str = "an engine"
+    engine_kills: int = 0
+    missing: str = ""
     damages: int = 0
     inputs: int = 0
+    whole: int = 0
     together: int = 0
     wrong: list[str] = dataclasses.field(default_factory=list)
     traces: list[str] = dataclasses.field(default_factory=list)
     hangs: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            "| kills | damaged files | mutated inputs | runs that met | wrong | traces | hangs |",
-            "|---|---|---|---|---|---|---|",
-            f"| {self.kills} | {self.damages} | {self.inputs} | {self.together} | "
-            f"{len(self.wrong)} | {len(self.traces)} | {len(self.hangs)} |",
-        ]
-        return "\n".join([*lines, *(what[:2000] for what in self.bad)])
+        columns = {
+            "kills": self.kills,
+            f"kills on {self.engine}": "skipped" if self.missing else self.engine_kills,
+            "damaged files": self.damages,
+            "mutated inputs": self.inputs,
+            "of these in whole runs": self.whole,
+            "runs that met": self.together,
+            "wrong": len(self.wrong),
+            "traces": len(self.traces),
+            "hangs": len(self.hangs),
+        }
+        skipped = [f"\n{self.engine} cannot be had: {self.missing}"] if self.missing else []
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines.append(f"| {' | '.join(map(str, columns.values()))} |")
+        return "\n".join([*lines, *skipped, *(what[:2000] for what in self.bad)])
 
     @property
     def bad(self) -> list[str]:
@@ -166,18 +185,35 @@ class Chaos:
             self.start(stage, lambda n, counted=counted: counted.write_text(str(n)))
             self.events[stage] = int(counted.read_text())
 
-    def start(self, stage: str, at_event: Callable[[int], None] = lambda n: None, **flags) -> int:
+    def start(
+        self,
+        stage: str,
+        at_event: Callable[[int], None] = lambda n: None,
+        what: str = "",
+        **flags: object,
+    ) -> int:
         """The status of a job in a child; what it hung on or failed with is noted."""
         pid = forked(lambda: job(self.tiny, stage, at_event, **flags), self.said)
-        return self.ended(pid, stage, self.said)
+        return self.ended(pid, what or stage, self.said)
 
-    def ended(self, pid: int, what: str, said: Path) -> int:
+    def ended(self, pid: int, what: str, said: Path, failed: bool = False) -> int:
+        """The status of a child, and a note of what is wrong with how it ended.
+
+        Args:
+          pid: of the child.
+          what: it was, for the note.
+          said: the file with its output.
+          failed: whether it may say that it has failed, as an input need not be mended for.
+        """
         status = waited(pid)
         text = said.read_text(errors="replace")
         if status is None:
             self.summary.hangs.append(f"{what}: {text[-500:]}")
             return 71
-        if "Traceback (most recent" in text or status not in (0, 2, -signal.SIGKILL):
+        if "Traceback (most recent" in text or status not in (
+            *(0, 2, -signal.SIGKILL),
+            *([1] if failed else []),
+        ):
             self.summary.traces.append(f"{what}, status {status}: {text[-1500:]}")
         return status
 
@@ -285,6 +321,106 @@ class Chaos:
             said = f"{path.name} replaced at {when}: {status} {text[-500:]}"
             self.summary.wrong.append(said)
         self.clean(f"{path.name} replaced at event {when}")
+
+    # On an engine, whose workers are other processes.
+
+    def engine_kills(self, name: str, count: int) -> None:
+        """Machines, workers and launchers that die while an engine is at work."""
+        self.summary.engine = name
+        with tempfile.TemporaryDirectory(prefix="chaos-engine-") as folder:
+            try:
+                with engines.running(name, Path(folder)) as engine:
+                    for stage in STAGES:
+                        self.ended(self.on_engine(engine, stage), f"{stage} on {name}", self.said)
+                    self.clean(f"a run on {name}")
+                    while self.summary.engine_kills < count and not self.summary.hangs:
+                        self.engine_kill(engine, name)
+            except Missing as error:
+                self.summary.missing = str(error)
+
+    def on_engine(self, engine: engines.Engine, stage: str) -> int:
+        """Starts a job in a child; gives its process id."""
+        from tracin_beam.jobs.launch import main
+
+        argv = [*self.tiny.argv(stage, **FLAGS), *engine.flags]
+        return forked(lambda: main(stage, "", argv), self.said)
+
+    def engine_kill(self, engine: engines.Engine, name: str) -> None:
+        """A run from nothing; what is killed is not missed where a cluster has another for it."""
+        shutil.rmtree(self.tiny.out, ignore_errors=True)
+        stage = self.random.choice(STAGES)
+        victim = self.random.choice(VICTIMS[name])
+        # Files of an output, which tell how far a run is; workers are of other processes.
+        when = self.random.randrange(len(self.expected) - (stage == "self_influence") * 10)
+        pid = self.on_engine(engine, stage)
+        end = time.monotonic() + SECONDS
+        while len(there := self.finished()) < when and _is_alive(pid) and time.monotonic() < end:
+            time.sleep(0.005)
+        killed = _is_alive(pid) and victim(engine, pid)
+        what = f"{stage} on {name}, {victim.__name__} at {len(there)} files"
+        status = self.ended(pid, what, self.said, failed=victim is lose_engine)
+        if not killed:
+            return
+        self.summary.engine_kills += 1
+        expected = {lose_launcher: -signal.SIGKILL, lose_engine: 1}.get(victim, 0)
+        if status != expected:
+            said = self.said.read_text(errors="replace")
+            self.summary.wrong.append(f"{what}: status {status}, {said[-500:]}")
+        self.clean(what)
+        _wait_for_workers(engine)
+
+    def finished(self) -> list[Path]:
+        return [p for p in self.tiny.out.rglob("[!.]*") if p.is_file()]
+
+
+# Deaths on an engine: each takes it and the launcher's process, and says whether it could.
+
+
+def lose_worker(engine: engines.Engine, pid: int) -> bool:
+    """An SDK process dies, as of memory."""
+    workers = [w for n in engine.names("task-manager") for w in engines.descendants(engine.pid(n))]
+    with contextlib.suppress(ProcessLookupError):
+        if workers:
+            os.kill(workers[-1], signal.SIGKILL)
+    return bool(workers)
+
+
+def lose_task_manager(engine: engines.Engine, pid: int) -> bool:
+    """A machine is switched off, and a new one takes its place, as Kubernetes sees to."""
+    engine.kill("task-manager-0")
+    engines.start_task_manager(engine, "task-manager-0")
+    return True
+
+
+def lose_launcher(engine: engines.Engine, pid: int) -> bool:
+    """The process that waits for the job; a cluster goes on without it for a while."""
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def lose_engine(engine: engines.Engine, pid: int) -> bool:
+    """An engine of one process."""
+    engine.restart("prism")
+    return True
+
+
+VICTIMS = {
+    "flink_cluster": (lose_worker, lose_task_manager, lose_launcher),
+    "prism": (lose_engine, lose_launcher),
+}
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a child has not ended; its status stays to be asked for."""
+    return not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
+def _wait_for_workers(engine: engines.Engine) -> None:
+    """Until none is left of a job whose launcher is gone: it would write into the next output."""
+    end = time.monotonic() + SECONDS
+    names = engine.names("task-manager")
+    while any(engines.descendants(engine.pid(n)) for n in names) and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 # Damage: each takes a file, and all files for those that need another.
@@ -465,59 +601,115 @@ def _kinds(chaos: Chaos, folder: Path) -> dict:
 
 
 def whole_inputs(chaos: Chaos, count: int) -> None:
-    """Mutated tasks, weights and shards go through whole runs, in children."""
-    chance, tiny = chaos.random, chaos.tiny
-    names = ["task.py", "ckpts/00000010.weights.h5", "train-2.tfrecord"]
-    for i in range(count):
-        path = tiny.folder / names[i % len(names)]
-        content = path.read_bytes()
-        path.write_bytes(mutated(chance, content))
-        shutil.rmtree(tiny.out, ignore_errors=True)
-        chaos.summary.inputs += 1
-        chaos.start("self_influence")
-        path.write_bytes(content)
-    shutil.rmtree(tiny.out, ignore_errors=True)
+    """Mutated inputs of every kind go through whole runs, in children.
 
-
-def run(seed: int, kills: int, damages: int, inputs_: int, whole: int, meets: int) -> Summary:
-    """All of it.
-
-    Args:
-      seed: of all chances.
-      kills: processes to kill.
-      damages: files to damage.
-      inputs_: mutated inputs for the functions that read them.
-      whole: mutated inputs for whole runs.
-      meets: runs that meet others, and as many in which a shard changes.
+    What has a checksum, or no number depends on, changes no score: a run is right or is refused.
+    What was meant by another task, weights or learning rates nobody knows.
     """
+    chance, tiny, summary = chaos.random, chaos.tiny, chaos.summary
+    packed = gzip.compress(t.framed(rows("train3.", 8, 3)), mtime=0)
+    (tiny.folder / "train-3.tfrecord.gz").write_bytes(packed)
+    (tiny.folder / "config.yaml").write_text("batch_size: 8\nreport_examples: 3\n")
+    flags = {"top_k": 100, "index": "exact", "config": tiny.folder / "config.yaml"}
+    if chaos.start("influence", **flags):
+        summary.wrong.append(f"the run before mutations fails: {chaos.said.read_text()[-500:]}")
+    made = tiny.folder / "made"
+    os.replace(tiny.out, made)
+    sound = _scores(made)
+    for i in range(count):
+        name, mutate, changes_nothing = WHOLE[i % len(WHOLE)]
+        shutil.rmtree(tiny.out, ignore_errors=True)
+        if name.startswith("out/"):
+            shutil.copytree(made, tiny.out)
+        path = tiny.folder / name
+        content = path.read_bytes()
+        given = mutate(chance, content)
+        path.write_bytes(given)
+        summary.inputs += 1
+        summary.whole += 1
+        what = f"{name} mutated to {given[:300]!r}"
+        status = chaos.start("influence", what=what, **flags)
+        path.write_bytes(content)
+        if status == 0 and changes_nothing:
+            found = _scores(tiny.out)
+            complete = name.startswith("out/") or not found
+            strange = [k for k, v in found.items() if not _is_close(v, sound.get(k))]
+            if strange or (complete and len(found) != len(sound)):
+                summary.wrong.append(f"{len(found)} rows, {strange[:3]} are wrong: {what}")
+    for folder in (made, tiny.out):
+        shutil.rmtree(folder, ignore_errors=True)
+    (tiny.folder / "train-3.tfrecord.gz").unlink()
+
+
+# Path in the job's folder, how it is mutated, and whether every score that is there stays.
+_EMBEDDED = "out/embeddings/train/10/train-0.tfrecord"
+WHOLE = [
+    ("task.py", mutated, False),
+    ("train-2.tfrecord", mutated, True),
+    ("ckpts/00000010.weights.h5", mutated, False),
+    ("test-1.tfrecord", mutated, True),
+    ("ckpts/checkpoints.json", mutated_json, False),
+    ("train-3.tfrecord.gz", mutated, True),
+    ("config.yaml", mutated, False),
+    ("out/run.json", mutated_json, True),
+    ("out/_state/influence/test.json", mutated_json, True),
+    (_EMBEDDED, mutated, True),
+    (f"{_EMBEDDED}.json", mutated_json, True),
+]
+
+
+def _scores(out: Path) -> dict[tuple[str, str, str], float]:
+    table = t.table(out / "influence" / "test")
+    return {(row["test_id"], row["train_id"], row["role"]): row["score"] for row in table}
+
+
+def _is_close(one: float, other: float | None) -> bool:
+    return other is not None and abs(one - other) <= 1e-4 * abs(other) + 1e-6
+
+
+def run(given: argparse.Namespace) -> Summary:
+    """All of it, as the arguments say."""
     import apache_beam  # noqa: F401
     import tensorflow  # noqa: F401
 
     from tracin_beam.jobs import graphs, launch  # noqa: F401
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        chaos = Chaos(Path(folder), seed)
-        inputs(chaos, inputs_)
-        while chaos.summary.kills < kills and not chaos.summary.hangs:
+        chaos = Chaos(Path(folder), given.seed)
+        summary = chaos.summary
+        inputs(chaos, max(0, given.inputs - given.whole))
+        while summary.kills < given.kills and not summary.hangs:
             chaos.kill()
-        while chaos.summary.damages < damages and not chaos.summary.hangs:
+        while summary.damages < given.damages and not summary.hangs:
             chaos.damage()
-        for _ in range(meets):
+        for _ in range(given.meets):
             chaos.meet()
             chaos.change()
-        whole_inputs(chaos, whole)
-        return chaos.summary
+        whole_inputs(chaos, min(given.whole, given.inputs))
+        if given.engine_kills:
+            chaos.engine_kills(given.engine, given.engine_kills)
+        return summary
+
+
+ARGUMENTS = {
+    "seed": (0, "of all chances"),
+    "kills": (100, "processes to kill on Beam's direct runner"),
+    "damages": (60, "files of an output to damage"),
+    "inputs": (1000, "mutated inputs"),
+    "whole": (200, "of these for whole runs, the others for what reads them"),
+    "meets": (6, "runs that meet others, and as many in which a shard changes"),
+    "engine_kills": (10, "processes to kill on an engine"),
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (
-        ("seed", 0), ("kills", 100), ("damages", 60), ("inputs", 1000), ("whole", 30), ("meets", 6)
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, (default, about) in ARGUMENTS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} (%(default)s)")
+    parser.add_argument("--engine", choices=VICTIMS, default="flink_cluster")
     given = parser.parse_args()
     start = time.monotonic()
-    summary = run(given.seed, given.kills, given.damages, given.inputs, given.whole, given.meets)
+    summary = run(given)
     print(f"seed {given.seed}, {time.monotonic() - start:.0f} s\n\n{summary}")
     return 1 if summary.bad else 0
 

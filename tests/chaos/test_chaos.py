@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-SHORT = ("--seed=1", "--kills=2", "--damages=3", "--inputs=300", "--whole=0", "--meets=1")
+SHORT = ["--seed=1", "--kills=2", "--damages=3", "--inputs=300", "--whole=3", "--meets=1"]
+SHORT += ["--engine_kills=0"]
 
 
 @pytest.mark.timeout(600)

@@ -79,3 +79,25 @@ def test_counters_of_every_stage(tmp_path, launch):
     (job.out / "self_influence/self_influence-00000-of-00002.parquet").unlink()
     found = counted("self_influence")["self_influence"]
     assert (found["tables_found"], found["tables_written"]) == (1, 1)
+
+
+def test_counters_of_totals_and_of_the_retrieval(tmp_path, launch):
+    job = t.Tiny(tmp_path, launch).write_all(train=2, test=1)
+    train, test = len(job.good("train")), len(job.good("test"))
+
+    def counted(**changes):
+        assert job.run("influence", total=True, recall_queries=2, **changes) == 0
+        return job.run_json()["timings"]["influence"]["counters"]
+
+    found = counted(index_rows=8)
+    # The test set is one part, at two checkpoints; each training shard is a table.
+    assert (found["total"]["sums_made"], found["total"]["test_records"]) == (2, test)
+    assert (found["total"]["tables_written"], found["total"]["records"]) == (2, train)
+    assert found["total"]["batches"] == 4
+    assert {"sum_msec", "read_msec", "compute_msec", "table_msec"} <= set(found["total"])
+    assert found["retrieval"]["groups_judged"] == 2
+    assert (found["retrieval"]["records"], found["retrieval"]["pairs"]) == (train, 2 * train)
+    assert {"read_msec", "compute_msec", "estimate_msec"} <= set(found["retrieval"])
+    found = counted(index_rows=8, top_k=3)
+    assert found["total"] == {"sums_found": 2, "tables_found": 2}
+    assert found["retrieval"] == {"groups_found": 2}

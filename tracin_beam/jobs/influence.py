@@ -27,7 +27,7 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     from tracin_beam.stages.influence import Influence
     from tracin_beam.stages.joining import Join
     from tracin_beam.stages.retrieval import Retrieval
-    from tracin_beam.stages.total import TotalInfluence
+    from tracin_beam.stages.total import KeptTotals, TotalInfluence
 
     config = run.config
     results = graphs.embed_stage(pipeline, run)
@@ -58,10 +58,10 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
         found["retrieval"] = joined | "Retrieval" >> Retrieval(
             join, config.top_k, config.rescore > 0
         )
-    made = joined["made"]
-    if config.total:
-        totals = {"train": train, "tests": tests} | "Total" >> TotalInfluence(join)
-        made = (made, totals) | "AllTables" >> beam.Flatten()
+    totals = {"train": train, "tests": tests} | "Total" >> (
+        TotalInfluence(join) if config.total else KeptTotals(join)
+    )
+    made = (joined["made"], totals) | "AllTables" >> beam.Flatten()
     entries = {"index": dataclasses.asdict(choice), "retrieval": None}
     graphs.finish_with(pipeline, run, JOBS["influence"], results, made, entries, found)
 

@@ -17,7 +17,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.runners.runner import PipelineResult
 
 # Namespaces of ours; others are Beam's and the user's.
-_STAGES = ("embed", "index", "search", "rescore", "self_influence")
+_STAGES = ("embed", "index", "search", "rescore", "total", "retrieval", "self_influence")
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from tracin_beam.scoring import recall, topk
 from tracin_beam.scoring.topk import ROLES, Judged, Scored
 from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Census, Group, Join
+from tracin_beam.stages.metrics import Counters, Tally
 from tracin_beam.stages.rescore import ExactScores, places_of
 from tracin_beam.stages.search import BothScored
 from tracin_beam.storage import files, marks, runs, tables
@@ -25,6 +26,12 @@ _PAIRS = 20_000
 _FEWEST_PAIRS = 500
 # Ends kept of each query at least, so that a smaller --top_k costs nothing.
 _KEPT_ENDS = 100
+
+# Those of groups whose scores were not kept; pairs were scored exactly.
+_COUNTED = (
+    *("groups_found", "groups_judged", "records", "pairs", "batches", "queries"),
+    *("read_msec", "parse_msec", "queries_msec", "compute_msec", "estimate_msec"),
+)
 
 _KEPT = pa.schema(
     [
@@ -38,17 +45,27 @@ _KEPT = pa.schema(
 )
 
 
-def judge(join: Join, census: Census, exact: ExactScores, group: Group, count: int) -> Judged:
+def judge(
+    join: Join,
+    census: Census,
+    exact: ExactScores,
+    group: Group,
+    count: int,
+    tally: Tally | None = None,
+) -> Judged:
     """Exact and estimated scores of a group's examples for the sampled queries.
 
     Returns:
       Those of them that `recall.to_keep` names; `query` counts the sampled queries.
     """
     queries = census.sample
+    tally = tally or Tally()
     places = places_of(join, group)
-    exact_scores = _exact(exact, queries, places, join.block)
+    exact_scores = _exact(exact, queries, places, join.block, tally)
     known = np.isfinite(exact_scores).all(axis=1)
-    exact_scores, estimates = exact_scores[known], _estimates(join, census, group, places)[known]
+    with tally.timed("estimate"):
+        estimates = _estimates(join, census, group, places)[known]
+    exact_scores = exact_scores[known]
     share = max(_FEWEST_PAIRS, _PAIRS * len(places) // max(1, census.train_rows))
     step = -(-len(places) // share)
     query, row = np.nonzero(recall.to_keep(exact_scores, estimates, count, step))
@@ -62,13 +79,15 @@ def judge(join: Join, census: Census, exact: ExactScores, group: Group, count: i
     )
 
 
-def _exact(exact: ExactScores, queries: np.ndarray, places: np.ndarray, block: int) -> np.ndarray:
+def _exact(
+    exact: ExactScores, queries: np.ndarray, places: np.ndarray, block: int, tally: Tally
+) -> np.ndarray:
     """float64 [queries, places]; NaN for a query that could not be computed."""
     scores = np.full((len(queries), len(places)), np.nan)
     keys = _keys(*places.T)
     for start in range(0, len(queries), block):
         wanted = [(queries[start : start + block], places[:, 0], places[:, 1])]
-        for _, products in exact.products(wanted):
+        for _, products in exact.products(wanted, tally):
             rows = np.searchsorted(queries, products.queries)
             at = np.searchsorted(keys, _keys(products.shard, products.position))
             scores[np.ix_(rows, at)] = products.by_checkpoint.sum(axis=2)
@@ -91,9 +110,19 @@ def _keys(shard: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 def kept_or_judged(
-    join: Join, census: Census, exact: ExactScores, group: Group, top_k: int
+    join: Join,
+    census: Census,
+    exact: ExactScores,
+    group: Group,
+    top_k: int,
+    tally: Tally | None = None,
 ) -> Judged:
-    """What is kept of a group, if it is of the same shards, queries and k; else it is made."""
+    """What is kept of a group, if it is of the same shards, queries and k; else it is made.
+
+    Raises:
+      InputError: a file that was read for it has become another.
+    """
+    tally = tally or Tally()
     count = max(_KEPT_ENDS, top_k)
     path = join.output.evaluation(join.test_name, group.number)
     shards, positions = census.places(census.sample)
@@ -104,8 +133,12 @@ def kept_or_judged(
     mark = runs.digest([group.fingerprint, places, join.method])
     kept = marks.read(path + ".json", join.output.root, mark, {path})
     if kept and kept["count"] >= top_k:
+        tally.add("groups_found")
         return _judged(tables.read(path), join)
-    judged = judge(join, census, exact, group, count)
+    tally.add("groups_judged")
+    judged = judge(join, census, exact, group, count, tally)
+    read = [*(result.shard for result in group.shards), *(join.test[i] for i in np.unique(shards))]
+    runs.check_unchanged([*read, *join.checkpoints])
     paths = np.array([shard.path for shard in join.train])
     columns = {**judged._asdict(), "shard": pa.array(paths[judged.shard]).dictionary_encode()}
     table = pa.table(columns).cast(_KEPT)
@@ -129,13 +162,17 @@ class Judge(beam.DoFn):
         self._join = join
         self._top_k = top_k
         self._exact: ExactScores | None = None
+        self._counters = Counters("retrieval", *_COUNTED)
 
     def process(self, group: Group, census: Census) -> Iterator[Judged]:
         if not len(census.sample):
             return
         if self._exact is None:
             self._exact = ExactScores(self._join, census)
-        yield kept_or_judged(self._join, census, self._exact, group, self._top_k)
+        tally = Tally()
+        judged = kept_or_judged(self._join, census, self._exact, group, self._top_k, tally)
+        self._counters.take(tally)
+        yield judged
 
 
 def _of_sample(pair: tuple[int, BothScored], census: Census) -> Iterator[dict[str, Scored]]:
@@ -154,7 +191,10 @@ def _summarised(
 ) -> Iterator[dict[str, Any]]:
     if judged and found:
         table = {role: topk.merge([part[role] for part in found]) for role in ROLES}
-        yield recall.retrieval(topk.merge(judged), table, top_k, exact)
+        # Groups come in any order, and sums of numbers differ with it in their last digits.
+        every = topk.merge(judged)
+        order = np.lexsort([every.position, every.shard, every.query])
+        yield recall.retrieval(topk.take(every, order), table, top_k, exact)
 
 
 @dataclasses.dataclass

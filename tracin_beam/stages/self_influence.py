@@ -34,6 +34,10 @@ _COUNTED = (
 )
 
 
+# Of the pass for statistics of the whole set, where a signal needs some.
+_COUNTED_FIRST = ("statistics_records", "statistics_batches", "statistics_msec")
+
+
 def schema() -> pa.Schema:
     """The columns of the table."""
     types = {False: pa.float64(), True: pa.list_(pa.float64())}
@@ -105,6 +109,24 @@ def merged(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def made_by() -> list[str]:
     """The code that the columns come from."""
     return [__version__, *(inspect.getsource(one.function) for one in registry.every())]
+
+
+class Summarise(beam.DoFn):
+    """ShardResult → the statistics of some of its examples at a time, as `summarise` has them."""
+
+    def __init__(self, output: Output, checkpoints: Sequence[CheckpointFile]) -> None:
+        self._output = output
+        self._checkpoints = list(checkpoints)
+        self._counters = Counters("self_influence", *_COUNTED_FIRST)
+
+    def process(self, result: ShardResult) -> Iterator[dict[str, Any]]:
+        tally = Tally()
+        summaries = summarise(result, self._output, self._checkpoints)
+        for summary in timed(summaries, tally, "statistics"):
+            tally.add("statistics_batches")
+            yield summary
+        tally.add("statistics_records", result.used)
+        self._counters.take(tally)
 
 
 class WriteSelfInfluence(beam.DoFn):
@@ -209,7 +231,7 @@ class SelfInfluence(beam.PTransform):
             return spread | "Write" >> beam.ParDo(write)
         statistics = (
             spread
-            | "Summarise" >> beam.FlatMap(summarise, self.output, self.checkpoints)
+            | "Summarise" >> beam.ParDo(Summarise(self.output, self.checkpoints))
             | "Statistics" >> beam.CombineGlobally(merged)
         )
         return spread | "Write" >> beam.ParDo(write, beam.pvalue.AsSingleton(statistics))

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Join
+from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.rescore import records_at
 from tracin_beam.storage import embeddings, files, marks, records, runs, sinks, tables
 from tracin_beam.storage.embeddings import Embeddings
@@ -27,6 +28,12 @@ _log = logging.getLogger(__name__)
 # Files of summed gradients for a checkpoint, at most.
 _PARTS = 16
 _MARK = ".json"
+# Records of both sets count once; batches at each checkpoint.
+_COUNTED_SUMS = ("sums_found", "sums_made", "test_records", "sum_msec")
+_COUNTED = (
+    *("tables_found", "tables_written", "records", "batches"),
+    *("read_msec", "compute_msec", "table_msec"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +91,29 @@ class SumGradients(beam.DoFn):
 
     def __init__(self, join: Join) -> None:
         self._join = join
+        self._counters = Counters("total", *_COUNTED_SUMS)
 
     def process(self, part: Part) -> Iterator[Part]:
+        tally = Tally()
+        self._make(part, tally)
+        self._counters.take(tally)
+        yield part
+
+    def _make(self, part: Part, tally: Tally) -> None:
         root, name = self._join.output.root, os.path.basename(part.path)
-        if not marks.read(part.path + _MARK, root, name, {part.path}):
-            total = summed(self._join, part)
+        if marks.read(part.path + _MARK, root, name, {part.path}):
+            tally.add("sums_found")
+        else:
+            with tally.timed("sum"):
+                total = summed(self._join, part)
+            checkpoint = self._join.checkpoints[part.checkpoint]
+            runs.check_unchanged([*(result.shard for result in part.shards), checkpoint])
+            tally.add("sums_made")
+            tally.add("test_records", part.examples * (part.checkpoint == 0))
             files.remove([part.path + _MARK])
             with files.atomic_write(part.path) as handle:
                 np.save(handle, total)
             marks.write(part.path + _MARK, root, name, {part.path: handle.stamp})
-        yield part
 
 
 def read_sums(parts: Sequence[Part], checkpoints: Sequence[CheckpointFile]) -> list[np.ndarray]:
@@ -111,7 +131,11 @@ def _load(path: str) -> np.ndarray:
 
 
 def rows_of(
-    join: Join, result: ShardResult, sums: Sequence[np.ndarray], examples: int
+    join: Join,
+    result: ShardResult,
+    sums: Sequence[np.ndarray],
+    examples: int,
+    tally: Tally | None = None,
 ) -> Iterator[pa.Table]:
     """A training shard's rows of the table, some thousand at a time.
 
@@ -120,21 +144,26 @@ def rows_of(
       result: the shard.
       sums: of the test set's gradients, by checkpoint.
       examples: how many test examples there are.
+      tally: takes records, batches and the seconds by part.
     """
+    tally = tally or Tally()
     loaded = join.source.get()
     engine, size = loaded.engine, loaded.engine.batch_size
     path = join.files(runs.TRAIN, result.shard)[-1]
-    found = _usable_records(result)
+    found = timed(_usable_records(result), tally, "read")
     for (part,) in embeddings.read_checkpoints([path], result.excluded):
         terms = []
         for start in range(0, len(part), size):
             some = list(itertools.islice(found, min(size, len(part) - start)))
-            batch = loaded.parse([record.data for record in some])
-            products = [
-                engine.products(engine.values(checkpoint.path), batch, total)
-                for checkpoint, total in zip(join.checkpoints, sums, strict=True)
-            ]
+            with tally.timed("compute"):
+                batch = loaded.parse([record.data for record in some])
+                products = [
+                    engine.products(engine.values(checkpoint.path), batch, total)
+                    for checkpoint, total in zip(join.checkpoints, sums, strict=True)
+                ]
+            tally.add("batches", len(products))
             terms.append(join.score.by_checkpoint(np.stack(products, axis=1)))
+        tally.add("records", len(part))
         yield _table(part, np.concatenate(terms), examples, result.shard.path)
 
 
@@ -155,37 +184,89 @@ def _table(part: Embeddings, terms: np.ndarray, examples: int, shard: str) -> pa
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A training shard's file of the table.
+
+    Attributes:
+      path: of the file.
+      mark: of what vouches for it.
+      fingerprint: of all that is in it.
+    """
+
+    path: str
+    mark: str
+    fingerprint: str
+
+
+def _table_of(join: Join, result: ShardResult, parts: Iterable[Part]) -> _Table:
+    number = join.train_number[result.shard.path]
+    name = runs.numbered("total_influence", number, len(join.train))
+    path = join.output.path("total_influence", join.test_name, name)
+    sums = sorted(part.path for part in parts)
+    content = [join.units[result.shard.path], result.excluded, sums, join.method]
+    mark = join.output.total_mark(join.test_name, result.shard)
+    return _Table(path, mark, runs.digest(content))
+
+
 class WriteTotals(beam.DoFn):
     """Training ShardResult → (path, Stamp) of its table, made unless that is there already."""
 
     def __init__(self, join: Join) -> None:
         self._join = join
         self._sums: tuple[list[str], list[np.ndarray]] | None = None
+        self._counters = Counters("total", *_COUNTED)
 
     def process(self, result: ShardResult, parts: Sequence[Part]) -> Iterator[Made]:
-        join = self._join
-        number = join.train_number[result.shard.path]
-        name = runs.numbered("total_influence", number, len(join.train))
-        path = join.output.path("total_influence", join.test_name, name)
-        names = sorted(part.path for part in parts)
-        output = join.output
-        content = [join.units[result.shard.path], result.excluded, names, join.method]
-        fingerprint = runs.digest(content)
-        mark = output.total_mark(join.test_name, result.shard)
-        kept = marks.read(mark, output.root, fingerprint, {path})
+        tally = Tally()
+        made = self._made(result, parts, tally)
+        self._counters.take(tally)
+        yield made
+
+    def _made(self, result: ShardResult, parts: Sequence[Part], tally: Tally) -> Made:
+        join, root = self._join, self._join.output.root
+        table = _table_of(join, result, parts)
+        kept = marks.read(table.mark, root, table.fingerprint, {table.path})
         if kept:
-            yield path, kept["files"][path]
-        else:
-            if self._sums is None or self._sums[0] != names:
-                self._sums = names, read_sums(parts, join.checkpoints)
-            examples = sum(part.examples for part in parts if part.checkpoint == 0)
-            rows = rows_of(join, result, self._sums[1], examples) if result.used else iter(())
-            files.remove([mark, output.done("influence", join.test_name)])
-            stamp = sinks.write_parquet(path, tables.TOTAL_INFLUENCE, rows)
-            marks.write(mark, output.root, fingerprint, {path: stamp})
-            name = result.shard.name
-            _log.info("scored %s for the whole test set: %d records", name, result.used)
-            yield path, stamp
+            tally.add("tables_found")
+            return table.path, kept["files"][table.path]
+        names = sorted(part.path for part in parts)
+        if self._sums is None or self._sums[0] != names:
+            self._sums = names, read_sums(parts, join.checkpoints)
+        examples = sum(part.examples for part in parts if part.checkpoint == 0)
+        files.remove([table.mark, join.output.done("influence", join.test_name)])
+        rows = rows_of(join, result, self._sums[1], examples, tally) if result.used else iter(())
+        with tally.timed("table"):
+            stamp = sinks.write_parquet(table.path, tables.TOTAL_INFLUENCE, rows)
+        runs.check_unchanged([result.shard, *join.checkpoints])
+        marks.write(table.mark, root, table.fingerprint, {table.path: stamp})
+        tally.add("tables_written")
+        name = result.shard.name
+        _log.info("scored %s for the whole test set: %d records", name, result.used)
+        return table.path, stamp
+
+
+def kept(join: Join, train: Iterable[ShardResult], tests: Iterable[ShardResult]) -> list[Made]:
+    """The tables of an earlier run, if they are what a run with --total would make now.
+
+    If any is missing or of other examples, checkpoints or scores, all of them are removed: what
+    lies in the folder of a table is taken for its rows.
+    """
+    output, results = join.output, list(train)
+    root, folder = output.root, output.path("total_influence", join.test_name)
+    there = {info.path for info in files.list_folder(folder)}
+    marked = {output.total_mark(join.test_name, result.shard) for result in results}
+    parts = parts_of(join, tests)
+    found: list[Made] = []
+    for table in [_table_of(join, result, parts) for result in results] if there else ():
+        mark = marks.read(table.mark, root, table.fingerprint, {table.path})
+        found += mark["files"].items() if mark else ()
+    if len(found) == len(results) and {path for path, _ in found} == there:
+        return found
+    if there:
+        _log.info("removing %s, which is of another test or training set", folder)
+    files.remove([*sorted(marked), *sorted(there)])
+    return []
 
 
 def _remove_others(parts: Sequence[Part]) -> list[Part]:
@@ -197,6 +278,30 @@ def _remove_others(parts: Sequence[Part]) -> list[Part]:
         }
         files.remove(sorted(found - kept))
     return list(parts)
+
+
+@dataclasses.dataclass
+class KeptTotals(beam.PTransform):
+    """ShardResults of "train" and "tests" → (path, Stamp) of tables that are there and hold still.
+
+    Attributes:
+      join: as of a run that would make them.
+    """
+
+    join: Join
+
+    def expand(self, inputs: Mapping[str, beam.PCollection]) -> beam.PCollection:
+        return (
+            inputs["train"].pipeline
+            | "Once" >> beam.Create([None])
+            | "Kept"
+            >> beam.FlatMap(
+                lambda _, train, tests, join: kept(join, train, tests),
+                beam.pvalue.AsList(inputs["train"]),
+                beam.pvalue.AsList(inputs["tests"]),
+                self.join,
+            )
+        )
 
 
 @dataclasses.dataclass

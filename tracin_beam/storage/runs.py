@@ -244,6 +244,17 @@ def is_unchanged(file: Shard | CheckpointFile) -> bool:
         return False
 
 
+def check_unchanged(some: Iterable[Shard | CheckpointFile]) -> None:
+    """What was read once more must be what it was identified as; asked before a result is kept.
+
+    Raises:
+      InputError: a file has become another.
+    """
+    for file in some:
+        if not is_unchanged(file):
+            raise changed_while_used(file)
+
+
 def changed_while_used(file: Shard | CheckpointFile) -> InputError:
     """The error of a run whose input became another."""
     return InputError(
