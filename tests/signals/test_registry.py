@@ -88,3 +88,5 @@ def test_a_new_signal_is_a_column_of_the_table(empty, tmp_path, launch):
     own = [np.mean(row["loss_by_checkpoint"]) for row in table]
     expected = [loss - np.mean(own) for loss in own]
     np.testing.assert_allclose([row["loss_above_mean"] for row in table], expected, atol=1e-12)
+    counted = job.run_json()["timings"]["self_influence"]["counters"]["self_influence"]
+    assert (counted["statistics_records"], counted["statistics_batches"]) == (24, 3)
