@@ -60,7 +60,49 @@ def lora():
     return model
 
 
+def convnext():
+    x = inputs = keras.Input((8, 8, 3))
+    x = L.Conv2D(8, 2, strides=2)(x)
+    y = L.LayerNormalization()(L.DepthwiseConv2D(3, padding="same")(x))
+    x = x + Scale()(L.Dense(8)(L.Dense(16, "gelu")(y)))
+    return keras.Model(inputs, L.Dense(3)(L.GlobalAveragePooling2D()(x)))
+
+
+class Scale(L.Layer):
+    def build(self, shape):
+        self.gamma = self.add_weight(shape=(shape[-1],), name="gamma")
+
+    def call(self, x):
+        return x * self.gamma
+
+
+def prelu():
+    layers = [L.Conv2D(4, 3, strides=2), L.PReLU(), L.Conv2D(4, 2), L.PReLU(shared_axes=[1, 2])]
+    return keras.Sequential([keras.Input((8, 8, 3)), *layers, L.Flatten(), L.Dense(3)])
+
+
+class Cross(L.Layer):
+    def build(self, shape):
+        self.w = self.add_weight(shape=(8, 1), name="w")
+        self.b = self.add_weight(shape=(8,), name="b")
+
+    def call(self, pair):
+        first, x = pair
+        return first * keras.ops.matmul(x, self.w) + self.b + x
+
+
+def cross_network():
+    inputs = keras.Input((8, 8, 3))
+    first = x = L.Dense(8)(L.Flatten()(inputs))
+    for _ in range(2):
+        x = Cross()([first, x])
+    return keras.Model(inputs, L.Dense(3)(x))
+
+
 MODELS = {
+    "convnext": (convnext, IMAGES, CLASSES),
+    "prelu": (prelu, IMAGES, CLASSES),
+    "cross network": (cross_network, IMAGES, CLASSES),
     "decoder": (Decoder, IDS, IDS),
     "patches": (Patches, IMAGES, CLASSES),
     "lora": (lora, IMAGES, CLASSES),
@@ -72,10 +114,39 @@ MODELS = {
 }
 
 
+def hub(name):
+    """A model of KerasHub with random weights, for the next token; untied where they are so."""
+    from keras_hub import models
+
+    grouped = {"num_query_heads": 2, "num_key_value_heads": 1}
+    sizes = {"num_layers": 1, "hidden_dim": 8, "intermediate_dim": 16}
+    plain = {"num_heads": 2, "max_sequence_length": 8}
+    more = {"Gemma": {**grouped, "head_dim": 4}, "Llama": grouped}.get(name, plain)
+    backbone = getattr(models, f"{name}Backbone")(vocabulary_size=40, **sizes, **more)
+    ids = keras.Input((8,), dtype="int32")
+    given = {
+        "token_ids": ids,
+        "padding_mask": keras.ops.ones_like(ids),
+        "segment_ids": keras.ops.zeros_like(ids),
+    }
+    x = backbone({key: value for key, value in given.items() if key in backbone.input})
+    x = x["sequence_output"] if isinstance(x, dict) else x
+    return keras.Model(ids, backbone.token_embedding(x, reverse=True))
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert", "GPT2", "Llama", "Gemma"])
+def test_keras_hub(name):
+    pytest.importorskip("keras_hub", reason="KerasHub is not installed")
+    check(lambda: hub(name), IDS, IDS)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rules", [True, False])
 def test_no_product_that_crashes_on_amx(name, rules):
-    build, features, label = MODELS[name]
+    check(*MODELS[name], rules)
+
+
+def check(build, features, label, rules=True):
     task = task_of(build, features, label, CROSSENTROPY)
     engine, batch = engine_of(task, N, batch_size=N, rules=rules)
     values = values_of(engine.model)

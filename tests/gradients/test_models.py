@@ -85,14 +85,16 @@ class Reshaping(keras.Model):
                 x = tf.reshape(self.dense(tf.reshape(x, [-1, 5])), [-1, steps, 6])
             case "transposed":
                 x = tf.transpose(self.dense(tf.transpose(x, [1, 0, 2])), [1, 0, 2])
+            case "end to end":
+                x = tf.reshape(tf.transpose(x, [1, 0, 2]), [-1, 5])
+                x = tf.transpose(tf.reshape(self.dense(x), [steps, -1, 6]), [1, 0, 2])
         return self.top(tf.reduce_mean(x, axis=1))
 
 
-@pytest.mark.parametrize("how", ["static", "dynamic", "transposed"])
+@pytest.mark.parametrize("how", ["static", "dynamic", "transposed", "end to end"])
 @pytest.mark.parametrize("batch_size", [3, 4])
 def test_layers_that_do_not_see_the_batch_first(how, batch_size):
-    general = ["dense/kernel"] if how == "transposed" else []
-    check(lambda: Reshaping(how), SEQUENCES, batch_size=batch_size, general=general)
+    check(lambda: Reshaping(how), SEQUENCES, batch_size=batch_size)
 
 
 class Mixing(keras.Model):
@@ -234,6 +236,38 @@ def test_rematerialised_layers():
             return keras.Sequential([block, L.Dense(3)])
 
     check(build)
+
+
+@tf.function
+def outside(x, w):
+    return tf.tanh(tf.matmul(x, w))
+
+
+class Calling(keras.Model):
+    """Its weights go to functions that are no layer's."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.top = L.Dense(5), L.Dense(3)
+        self.inner.build((None, 5))
+        self.own = self.add_weight(shape=(5, 5), initializer="orthogonal", name="own")
+        match how:
+            case "given":
+                self.function = lambda x: outside(x, self.own)
+            case "found":
+                signature = [tf.TensorSpec([None, 5])]
+                self.function = lambda x: self.found(x) + outside(x, self.own)
+                self.found = tf.function(lambda x: tf.tanh(self.inner(x)), signature)
+            case "again":
+                self.function = keras.remat(lambda x: self.inner(x) @ self.own.value)
+
+    def call(self, x):
+        return self.top(self.function(x))
+
+
+@pytest.mark.parametrize("how", ["given", "found", "again"])
+def test_functions_that_are_no_layers(how):
+    check(lambda: Calling(how))
 
 
 def two_inputs():

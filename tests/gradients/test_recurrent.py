@@ -3,9 +3,18 @@
 import keras
 import numpy as np
 import pytest
-from oracle import check_model, engine_of, task_of
+import tensorflow as tf
+from oracle import (
+    assert_close,
+    check_model,
+    engine_of,
+    plain_gradients,
+    task_of,
+    values_of,
+)
 
 from tracin_beam.errors import InputError
+from tracin_beam.inputs.task import Task
 
 L = keras.layers
 N = 5
@@ -53,6 +62,33 @@ def test_masked(name):
         return keras.Model(ids, L.Dense(3)(pooled))
 
     check_model(model, IDS, CLASSES, CROSSENTROPY)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "bidirectional"])
+def test_of_unknown_length(name):
+    def model():
+        ids = keras.Input((None,), dtype="int32")
+        x = LAYERS[name]()(L.Embedding(7, 3, mask_zero=True)(ids))
+        pooled = L.GlobalAveragePooling1D()(x) if len(x.shape) > 2 else x
+        return keras.Model(ids, L.Dense(3)(pooled))
+
+    lengths = [4, 2, 3, 1, 4]
+    words = [rng.integers(1, 7, n) for n in lengths]
+    rows = tf.ragged.constant([w.tolist() for w in words])
+
+    def parse(serialized):
+        index = tf.strings.to_number(serialized, tf.int32)
+        return {"features": tf.gather(rows, index), "label": tf.gather(CLASSES, index)}
+
+    engine, batch = engine_of(Task(model, CROSSENTROPY, parse), N)
+    got = engine.embed(values_of(engine.model), batch)
+
+    def loss(i):
+        return CROSSENTROPY(CLASSES[i : i + 1], engine.model(words[i][None], training=False))
+
+    expected = plain_gradients(engine.model, [w.variable for w in engine.weights], loss, N)
+    assert_close(got.embedding, expected)
+    assert not engine.general
 
 
 def test_states_go_from_one_layer_to_another():

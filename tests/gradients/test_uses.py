@@ -70,6 +70,7 @@ PRODUCTS = {
     "in blocks": (((3, 2, 5),), lambda x, w: tf.einsum("...gi,gio->...go", blocks(x), w)),
     "split": (((6, 10),), lambda x, w: multiply(*ops.split(ops.matmul(x, w), 2, axis=-1))),
     "split first": (((6, 10),), lambda x, w: multiply(*[x @ p for p in tf.split(w, 2, axis=1)])),
+    "heads": (((2, 6, 3),), lambda x, w: ops.sum(tf.matmul(x[..., None, None, :], w), axis=-3)),
     "softmax of it": (((6, 5),), lambda x, w: ops.matmul(x, ops.softmax(w))),
 }
 
@@ -131,6 +132,41 @@ CONVOLUTIONS = {
         ((3, 3, 4, 2),),
         lambda x, w: tf.nn.depthwise_conv2d(x, w, [1, 1, 1, 1], "SAME"),
     ),
+    "explicit padding": (
+        ((3, 3, 4, 2),),
+        lambda x, w: tf.nn.conv2d(x, w, 2, [[0, 0], [1, 0], [0, 1], [0, 0]]),
+    ),
+    "transposed": (
+        ((3, 3, 2, 4),),
+        lambda x, w: tf.nn.conv2d_transpose(x, w, [tf.shape(x)[0], 12, 12, 2], 2),
+    ),
+    "volume": (
+        ((2, 3, 2, 1, 2),),
+        lambda x, w: ops.mean(tf.nn.conv3d(x[..., None], w, [1] * 5, "SAME"), axis=-2),
+    ),
+    "rows as images": (
+        ((1, 3, 4, 2), (1, 2, 2, 3)),
+        lambda x, w, d: tf.reshape(
+            tf.nn.depthwise_conv2d(
+                tf.nn.conv2d(tf.reshape(x, [-1, 1, 6, 4]), w, 1, "SAME"), d, [1] * 4, "SAME"
+            ),
+            [-1, 6, 6, 6],
+        ),
+    ),
+    "columns as images, one column of all first": (
+        ((3, 1, 4, 2), (2, 1, 2, 3)),
+        lambda x, w, d: tf.reshape(
+            tf.nn.depthwise_conv2d(
+                tf.nn.conv2d(
+                    tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [-1, 6, 1, 4]), w, 1, "SAME"
+                ),
+                d,
+                [1] * 4,
+                "SAME",
+            ),
+            [6, -1, 36],
+        )[0],
+    ),
 }
 
 
@@ -140,12 +176,90 @@ def test_convolutions(name):
     check(lambda: Weighted(shapes, how), IMAGES)
 
 
-def test_what_no_rule_is_for_takes_a_product_for_each_example_of_that_layer_alone():
-    def volume(x, w):
-        return tf.nn.conv3d(x[..., None], w, [1] * 5, "SAME")[..., 0]
+NO_RULE = {
+    "of another length for each": (((6, 5),), lambda x, w: sparse(x, w)),
+    "complex": (((4, 6), (4, 6)), lambda x, a, b: filtered(x, tf.complex(a, b))),
+    "a loop": (
+        ((6, 6),),
+        lambda x, w: tf.while_loop(
+            lambda i, _: i < 3, lambda i, h: (i + 1, tf.tanh(h @ w)), (0, x)
+        )[1],
+    ),
+}
 
-    engine, _ = check(lambda: Weighted(((2, 2, 2, 1, 1),), volume), IMAGES, general=["weighted/w0"])
-    assert engine.slow_weights() == {"weighted/w0": engine.model.layers[1].name}
+
+def sparse(x, w):
+    return tf.sparse.sparse_dense_matmul(tf.sparse.from_dense(tf.nn.relu(x)), w)
+
+
+def filtered(x, w):
+    return tf.math.real(tf.signal.fft2d(tf.cast(x, tf.complex64) * w))
+
+
+@pytest.mark.parametrize("name", NO_RULE)
+def test_what_no_rule_is_for_takes_a_product_for_each_example_of_that_layer_alone(name):
+    shapes, how = NO_RULE[name]
+    features = SEQUENCES if name == "complex" else VECTORS
+    paths = [f"weighted/w{i}" for i in range(len(shapes))]
+    engine, _ = check(lambda: Weighted(shapes, how), features, general=paths)
+    assert engine.slow_weights() == dict.fromkeys(paths, engine.model.layers[1].name)
+
+
+class Experts(keras.Model):
+    """Each example looks its experts' matrices up."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.top = L.Dense(4), L.Dense(3)
+        self.experts = self.add_weight(shape=(4, 6, 5), name="experts")
+
+    def call(self, x):
+        share, chosen = tf.math.top_k(tf.nn.softmax(self.gate(x)), 2)
+        matrices = tf.gather(self.experts.value, chosen)
+        return self.top(tf.einsum("bk,bi,bkio->bo", share, x, matrices))
+
+
+def test_look_up_of_matrices():
+    check_model(Experts, VECTORS, CLASSES, CROSSENTROPY)
+    engine, batch = engine_of(
+        task_of(Experts, VECTORS, CLASSES, CROSSENTROPY), N, projection="countsketch", dim=2048
+    )
+    got = engine.embed(values_of(engine.model), batch)
+    # So long a sketch has hardly two numbers in one place.
+    np.testing.assert_allclose(np.sum(got.embedding**2, axis=1), got.squared_norm, 0.1)
+
+
+def quantised(mode, lora):
+    model = keras.Sequential([keras.Input((6,)), L.Dense(8, "relu"), L.Dense(8), L.Dense(3)])
+    for layer in model.layers[:2]:
+        layer.quantize(mode)
+        if lora:
+            layer.enable_lora(2)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_quantised_layers(mode, lora):
+    engine, _ = check_model(lambda: quantised(mode, lora), VECTORS, CLASSES, CROSSENTROPY)
+    assert any("lora" in w.path for w in engine.weights) == lora
+
+
+def test_text_inside_of_the_model():
+    text = np.array(["a b c", "b c", "d e f a", "c c c", "a f"])
+
+    class Classifier(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.words = L.TextVectorization()
+            self.words.adapt(list(text))
+            self.embedding = L.Embedding(12, 5, mask_zero=True)
+            self.pool, self.top = L.GlobalAveragePooling1D(), L.Dense(3)
+
+        def call(self, x):
+            return self.top(self.pool(self.embedding(self.words(x))))
+
+    check_model(Classifier, text, CLASSES, CROSSENTROPY)
 
 
 class Tied(keras.Model):

@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from tensorflow.python.autograph.core import converter
 from tensorflow.python.autograph.impl import api
+from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
+from tensorflow.python.ops import custom_gradient
 
 from tracin_beam.gradients import forms, general, nests, recurrent, uses
 from tracin_beam.gradients.forms import Form
@@ -244,11 +247,45 @@ def _in_place(function: Any) -> Callable[..., Any]:
     options = converter.ConversionOptions(recursive=True, user_requested=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if function.input_signature is not None and not kwargs:
+            args = tf.nest.map_structure(_as_specified, tuple(function.input_signature), args)
         if getattr(function, "_autograph", True):
             return api.converted_call(function.python_function, args, kwargs, options=options)
         return function.python_function(*args, **kwargs)
 
     return call
+
+
+def _as_specified(spec: Any, x: Any) -> Any:
+    return tf.convert_to_tensor(x, spec.dtype) if isinstance(spec, tf.TensorSpec) else x
+
+
+@contextlib.contextmanager
+def _seen_through() -> Iterator[None]:
+    """Within it, graphs of this thread have what is done in a `tf.function` as operations.
+
+    A function of the user's own, outside of any layer, would hide the uses of weights that it is
+    given, and keep the values of those that it finds by itself. What is compiled by XLA stays so.
+    What is rematerialised, which gives no gradients of such weights, is run as anything else.
+    """
+    thread = threading.get_ident()
+    called, decorated = Function.__call__, custom_gradient._graph_mode_decorator
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread or tf.executing_eagerly() or self._jit_compile:
+            return called(self, *args, **kwargs)
+        return _in_place(self)(*args, **kwargs)
+
+    def decorate(function: Any, args: Any, kwargs: Any) -> Any:
+        if function.__qualname__ == "recompute_grad.<locals>.inner":
+            return inspect.getclosurevars(function).nonlocals["f"](*args, **kwargs)
+        return decorated(function, args, kwargs)
+
+    with (
+        _patched(Function, "__call__", call),
+        _patched(custom_gradient, "_graph_mode_decorator", decorate),
+    ):
+        yield
 
 
 def survey(
@@ -263,7 +300,7 @@ def survey(
       structure: features, label and sample_weight, as for `nests.repack`.
     """
     graph = tf.__internal__.FuncGraph("survey")
-    with graph.as_default():
+    with graph.as_default(), _seen_through():
         flat = [tf.compat.v1.placeholder(x.dtype, [EXAMPLES, *x.shape[1:]]) for x in specs]
         values = [tf.compat.v1.placeholder(v.dtype, v.shape) for v in model.variables]
 
@@ -350,6 +387,7 @@ def not_first(
     return frozenset(others)
 
 
+@_seen_through()
 def per_example_gradients(
     model: Model,
     found: Survey,
@@ -472,6 +510,16 @@ def _replaced(layer: Any, name: str, by: Any) -> Iterator[None]:
         object.__delattr__(layer, name)
         if own is not None:
             object.__setattr__(layer, name, own)
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, by: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, by)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _recorded(

@@ -117,6 +117,8 @@ def matrix_shape(form: Form, shape: Sequence[int]) -> tuple[int, int]:
         if isinstance(part, Outer):
             return int(part.left.shape[-1]), int(part.right.shape[-1])
     size = math.prod(shape)
+    if any(isinstance(part, Rows) for part in parts_of(form)):
+        return int(shape[0]), size // int(shape[0])
     return (size // int(shape[-1]), int(shape[-1])) if len(shape) > 1 else (size, 1)
 
 
@@ -408,6 +410,24 @@ def depthwise(x: tf.Tensor, right: tf.Tensor, window: Window, multiplier: int) -
     outputs = tf.reshape(right, [batch, -1, channels, multiplier])
     parts = [tf.einsum("bpc,bpcm->bcm", part, outputs) for part in slices(x, window)]
     return tf.stack(parts, axis=1)
+
+
+def grouped(x: tf.Tensor, right: tf.Tensor, window: Window, groups: int) -> tf.Tensor:
+    """∂ℓ_b/∂K of a convolution in groups of channels: float32 [B, K, C / groups, n].
+
+    Args:
+      x: float32 [B, *spatial, C].
+      right: float32 [B, P, n], the gradient with respect to its outputs.
+      window: K positions.
+      groups: how many.
+    """
+    batch, channels = x.shape[0], x.shape[-1] // groups
+    outputs = tf.reshape(right, [batch, -1, groups, right.shape[-1] // groups])
+    gradients = [
+        tf.einsum("bpgc,bpgn->bcgn", tf.reshape(part, [batch, -1, groups, channels]), outputs)
+        for part in slices(x, window)
+    ]
+    return tf.stack(gradients, axis=1)
 
 
 def _correlated(x: tf.Tensor, right: tf.Tensor, window: Window) -> tf.Tensor:

@@ -4,8 +4,9 @@ For the weights whose use no rule knows: what is run for each example is the sma
 layer that has all of it, on that layer's own inputs and output gradients; the whole model only for
 weights that are used outside of any. `tf.vectorized_map` makes batched operations of the loop over
 examples, chunk by chunk, so that memory stays bounded. Loops, as of recurrent layers, are left
-loops (vectorised they are no faster and take many times longer to trace), and so is whatever
-`tf.vectorized_map` gives up on or would make an unsafe product of.
+loops (vectorised they are no faster and take many times longer to trace), and so is what has
+another length for each example, and whatever `tf.vectorized_map` gives up on or would make an
+unsafe product of.
 """
 
 import math
@@ -51,7 +52,7 @@ def per_example(
     specs = [tf.TensorSpec(shape, tf.float32) for shape in outputs]
     many = (
         None
-        if any(o.type in _LOOPS for o in operations(one.graph))
+        if any(o.type in _ALONE for o in operations(one.graph))
         else _vectorised(function, batch, chunk)
     )
     if many is None:
@@ -86,7 +87,13 @@ _VIEWS = {
     "StopGradient",
     "Placeholder",
 }
-_LOOPS = ("While", "StatelessWhile")
+# Operations for which a batch is no better than a loop, or whose outputs' lengths depend on what
+# they are given.
+_ALONE = {
+    "While", "StatelessWhile", "Where", "Unique", "UniqueV2", "UniqueWithCounts", "ListDiff",
+    "DynamicPartition", "NonMaxSuppressionV3", "NonMaxSuppressionV4", "NonMaxSuppressionV5",
+    "SparseFillEmptyRows", "StringSplitV2", "UnicodeTokenizeWithOffsets", "RaggedRange",
+}  # fmt: skip
 
 
 def chunk_size(size: int, numbers: int) -> int:

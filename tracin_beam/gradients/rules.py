@@ -126,13 +126,8 @@ def conv(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     window = _window(layer)
     if layer.groups == 1:
         return [(layer._kernel, Windowed(x, right, window)), *bias]
-    batch, channels = x.shape[0], x.shape[-1] // layer.groups
-    outputs = tf.reshape(right, [batch, -1, layer.groups, layer.filters // layer.groups])
-    gradients = [
-        tf.einsum("bpgc,bpgn->bcgn", tf.reshape(part, [batch, -1, layer.groups, channels]), outputs)
-        for part in forms.slices(x, window)
-    ]
-    return [(layer._kernel, full(tf.stack(gradients, axis=1))), *bias]
+    gradient = forms.grouped(x, right, window, layer.groups)
+    return [(layer._kernel, full(gradient)), *bias]
 
 
 @rule(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)

@@ -21,7 +21,6 @@ To add an operation, write a function and put `@use("ItsType")` on it, or `@pass
 for one that weights alone go through.
 """
 
-import contextlib
 import dataclasses
 import math
 import string
@@ -36,14 +35,17 @@ from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Window, Windowe
 # Operations whose outputs tell the shape of their input, and nothing of what it holds.
 _SHAPES = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
 _NO_GRADIENT = {*_SHAPES, "StopGradient", "PreventGradient"}
-# Operations after which an example's rows still follow one another.
+# Operations that leave what is along an axis in its order, if they leave its length as it is.
 _ROWWISE = {
-    "AddV2", "Add", "AddN", "BatchMatMulV2", "BatchMatMulV3", "BiasAdd", "Cast", "Conv2D",
-    "ConcatV2", "DepthwiseConv2dNative", "Einsum", "Elu", "Erf", "Exp", "ExpandDims", "Identity",
-    "IdentityN", "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Maximum", "Mean", "Minimum", "Mul",
-    "Neg", "Pad", "PadV2", "Pow", "RealDiv", "Relu", "Relu6", "Rsqrt", "SelectV2", "Selu",
-    "Sigmoid", "Softmax", "Softplus", "Sqrt", "Square", "SquaredDifference", "Squeeze",
-    "StopGradient", "StridedSlice", "Sub", "Sum", "Tanh", "Max", "MaxPool", "AvgPool",
+    "Abs", "Add", "AddN", "AddV2", "AvgPool", "AvgPool3D", "BatchMatMulV2", "BatchMatMulV3",
+    "BiasAdd", "Cast", "ConcatV2", "Conv2D", "Conv3D", "Cos", "DepthwiseConv2dNative", "DivNoNan",
+    "Einsum", "Elu", "Erf", "Exp", "ExpandDims", "Expm1", "Greater", "GreaterEqual", "Identity",
+    "IdentityN", "LeakyRelu", "Less", "LessEqual", "Log", "Log1p", "LogSoftmax", "MatMul", "Max",
+    "MaxPool", "MaxPool3D", "Maximum", "Mean", "Min", "Minimum", "Mul", "Neg", "Pack", "Pad",
+    "PadV2", "Pow", "RealDiv", "Reciprocal", "Relu", "Relu6", "Rsqrt", "SelectV2", "Selu",
+    "Sigmoid", "Sign", "Sin", "Slice", "Softmax", "Softplus", "Softsign", "Split", "SplitV",
+    "Sqrt", "Square", "SquaredDifference", "Squeeze", "StopGradient", "StridedSlice", "Sub", "Sum",
+    "Tanh", "Transpose", "Unpack",
 }  # fmt: skip
 
 
@@ -61,12 +63,14 @@ class Layout:
 
     Attributes:
       axis: the axis.
-      positions: of how many entries along it each example has, one example's after another's;
-        None where that is not known before the data is there.
+      positions: how many entries of an example follow one another along it; None where that is not
+        known before the data is there.
+      before: how many times the examples follow one another, as in time steps laid end to end.
     """
 
     axis: int
     positions: int | None
+    before: int = 1
 
 
 # The layout of a tensor that holds something of each example; None if that is not known.
@@ -174,8 +178,9 @@ def find(
 
 
 def _opaque(operation: tf.Operation) -> bool:
-    """Whether weights go into a list or a dictionary, out of which anything may come."""
-    return any(x.dtype in (tf.variant, tf.resource) for x in operation.outputs)
+    """Whether no rule may be asked: complex numbers, or a list out of which anything may come."""
+    hidden = (tf.variant, tf.resource)
+    return any(x.dtype in hidden or x.dtype.is_complex for x in operation.outputs)
 
 
 def outputs(found: WeightUses) -> list[tf.Tensor]:
@@ -558,20 +563,26 @@ def _unbroadcast(gradient: tf.Tensor, x: tf.Tensor, y: tf.Tensor, batch: Batch) 
     place = left.index(layout.axis)
     if place:
         gradient = tf.transpose(gradient, [place, *(a for a in range(len(left)) if a != place)])
-    if layout.positions != 1:
-        positions = -1 if layout.positions is None else layout.positions
+    if layout.positions != 1 or layout.before != 1:
         rest = [n if n is not None else tf.shape(x)[-1] for n in gradient.shape[1:]]
-        gradient = tf.reduce_sum(tf.reshape(gradient, [batch.size, positions, *rest]), axis=1)
+        apart = tf.reshape(gradient, [layout.before, batch.size, _count(layout), *rest])
+        gradient = tf.reduce_sum(apart, axis=[0, 2])
     else:
         gradient = tf.ensure_shape(gradient, [batch.size, *gradient.shape[1:]])
     return _full(gradient, x)
+
+
+def _count(layout: Layout) -> int:
+    return -1 if layout.positions is None else layout.positions
 
 
 @use("Tile")
 def _repeated(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
     x, y = operation.inputs[i], operation.outputs[0]
     layout = batch.layout(y)
-    if layout is None or layout.positions != 1 or not x.shape.is_fully_defined():
+    if layout is None or (layout.positions, layout.before) != (1, 1):
+        raise Unknown("Tile")
+    if not x.shape.is_fully_defined():
         raise Unknown("Tile")
     if x.shape[layout.axis] != 1:
         raise Unknown("Tile")
@@ -610,10 +621,14 @@ def _product(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> For
     if of_x is None or of_y is None:
         raise Unknown(operation.type)
     example = in_y[of_y.axis]
-    if in_x[of_x.axis] != example or example in in_w or of_x.positions != of_y.positions:
+    if in_x[of_x.axis] != example or example in in_w or not _alike(of_x, of_y):
         raise Unknown(operation.type)
     in_x, x = _examples_first(in_x, x, of_x, batch)
     in_y, g = _examples_first(in_y, g, of_y, batch)
+    once = [a for a, n in enumerate(x.shape) if a > 1 and n == 1 and sizes.get(in_x[a], 1) != 1]
+    if once:
+        x = tf.squeeze(x, once)
+        in_x = "".join(label for a, label in enumerate(in_x) if a not in once)
     return contraction(in_w, in_x, in_y, x, g)
 
 
@@ -622,13 +637,26 @@ def _examples_first(
 ) -> tuple[str, tf.Tensor]:
     """Axes in the order (example, "!" for its entries along the same axis, others)."""
     axis = layout.axis
-    x = tf.cast(x, tf.float32)
+    rest = labels[:axis] + labels[axis + 1 :]
+    return labels[axis] + "!" + rest, _gathered(tf.cast(x, tf.float32), layout, batch)
+
+
+def _gathered(x: tf.Tensor, layout: Layout, batch: Batch) -> tf.Tensor:
+    """Each example's entries together: [B, entries, *other axes]."""
+    axis = layout.axis
     if axis:
         x = tf.transpose(x, [axis, *(a for a in range(x.shape.rank) if a != axis)])
-    rest = labels[:axis] + labels[axis + 1 :]
-    positions = -1 if layout.positions is None else layout.positions
     lengths = [n if n is not None else tf.shape(x)[1 + a] for a, n in enumerate(x.shape[1:])]
-    return labels[axis] + "!" + rest, tf.reshape(x, [batch.size, positions, *lengths])
+    if layout.before == 1:
+        return tf.reshape(x, [batch.size, _count(layout), *lengths])
+    apart = tf.reshape(x, [layout.before, batch.size, _count(layout), *lengths])
+    apart = tf.transpose(apart, [1, 0, *range(2, apart.shape.rank)])
+    count = -1 if layout.positions is None else layout.before * layout.positions
+    return tf.reshape(apart, [batch.size, count, *lengths])
+
+
+def _alike(one: Layout, other: Layout) -> bool:
+    return (one.positions, one.before) == (other.positions, other.before)
 
 
 def contraction(in_w: str, in_x: str, in_y: str, x: tf.Tensor, g: tf.Tensor) -> Form:
@@ -709,10 +737,15 @@ def _lookup(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form
     of_ids, of_y = batch.layout(ids), batch.layout(operation.outputs[0])
     if i != 0 or tf.get_static_value(axis) != 0 or operation.get_attr("batch_dims"):
         raise Unknown("GatherV2")
-    if of_ids is None or of_y is None or of_ids.axis != 0 or of_y.axis != 0:
+    if of_ids is None or of_y is None or of_ids != of_y:
         raise Unknown("GatherV2")
-    known = ids.shape[1:].is_fully_defined() and of_ids.positions is not None
-    count = of_ids.positions * math.prod(ids.shape[1:]) if known else -1
+    if of_ids.axis or of_ids.before != 1:
+        ids, g = _gathered(ids, of_ids, batch), _gathered(g, of_ids, batch)
+        known = ids.shape[1:].is_fully_defined()
+        count = math.prod(ids.shape[1:]) if known else -1
+    else:
+        known = ids.shape[1:].is_fully_defined() and of_ids.positions is not None
+        count = of_ids.positions * math.prod(ids.shape[1:]) if known else -1
     width = math.prod(w.shape[1:])
     if ids.dtype not in (tf.int32, tf.int64):
         ids = tf.cast(ids, tf.int32)
@@ -720,49 +753,91 @@ def _lookup(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form
     return Rows(tf.reshape(ids, [batch.size, count]), rows)
 
 
-@use("Conv2D")
+@use("Conv2D", "Conv3D")
 def _convolution(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
     x, w = operation.inputs
     of_x, of_y = batch.layout(x), batch.layout(operation.outputs[0])
-    padding = operation.get_attr("padding").decode().lower()
-    plain = operation.get_attr("data_format") == b"NHWC" and padding in ("same", "valid")
-    if i != 1 or not plain or of_x is None or of_y is None or of_x != of_y or of_x.axis:
-        raise Unknown("Conv2D")
-    if x.shape[-1] != w.shape[2]:
-        raise Unknown("Conv2D")
-    strides, dilations = operation.get_attr("strides"), operation.get_attr("dilations")
-    window = Window(tuple(w.shape[:2]), tuple(strides[1:3]), tuple(dilations[1:3]), padding)
+    if i != 1 or of_x is None or of_x != of_y or of_x.axis or not w.shape.is_fully_defined():
+        raise Unknown(operation.type)
+    x, window = _windowed(operation, x, w)
     x, g = tf.cast(x, tf.float32), tf.cast(g, tf.float32)
-    if of_x.positions == 1:
-        places = g.shape[1:-1]
-        count = math.prod(places) if places.is_fully_defined() else -1
-        return Windowed(x, tf.reshape(g, [batch.size, count, g.shape[-1]]), window)
-    with contextlib.suppress(NotImplementedError):
-        patches = tf.concat(_patches(x, window), axis=-1)
+    groups = int(x.shape[-1]) // int(w.shape[-2])
+    if of_x.positions == 1 and of_x.before == 1 and groups == 1:
+        return Windowed(x, _flat(g, batch.size), window)
+    if of_x.positions is None:
+        raise Unknown(operation.type)
+    entries = of_x.positions * of_x.before
+    x, g = (_flattened(y, of_x, batch) for y in (x, g))
+    if groups == 1:
+        patches = tf.concat(forms.slices(x, window), axis=-1)
         left = tf.reshape(patches, [batch.size, -1, patches.shape[-1]])
         return Outer(left, tf.reshape(g, [batch.size, -1, g.shape[-1]]))
-    raise Unknown("Conv2D")
+    found = forms.grouped(x, _flat(g, batch.size * entries), window, groups)
+    return _full(_summed(found, entries), w)
 
 
-def _patches(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
-    if x.shape[0] is None:
-        raise NotImplementedError("a number of images that is not known")
-    return forms.slices(x, window)
+@use("Conv2DBackpropInput", "Conv2DBackpropInputV2", "Conv3DBackpropInputV2")
+def _transposed_convolution(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    """A convolution of g with outputs at x's positions."""
+    _, w, x = operation.inputs
+    of_x, of_y = batch.layout(x), batch.layout(operation.outputs[0])
+    if i != 1 or of_x != Layout(0, 1) or of_y != of_x or not w.shape.is_fully_defined():
+        raise Unknown(operation.type)
+    if operation.get_attr("padding") == b"EXPLICIT" or g.shape[-1] != w.shape[-2]:
+        raise Unknown(operation.type)
+    g, window = _windowed(operation, g, w)
+    return Windowed(tf.cast(g, tf.float32), _flat(tf.cast(x, tf.float32), batch.size), window)
 
 
 @use("DepthwiseConv2dNative")
 def _depthwise(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
     x, w = operation.inputs
     layout = batch.layout(x)
+    if i != 1 or layout is None or layout.axis or layout.positions is None:
+        raise Unknown(operation.type)
+    x, window = _windowed(operation, x, w)
+    x, g = (_flattened(tf.cast(y, tf.float32), layout, batch) for y in (x, g))
+    entries = layout.positions * layout.before
+    found = forms.depthwise(x, _flat(g, batch.size * entries), window, int(w.shape[3]))
+    return _full(_summed(found, entries), w)
+
+
+def _windowed(operation: tf.Operation, x: tf.Tensor, w: tf.Tensor) -> tuple[tf.Tensor, Window]:
+    """The window of a convolution, and its input, to which explicit padding is added."""
+    rank = w.shape.rank - 2
     padding = operation.get_attr("padding").decode().lower()
-    plain = operation.get_attr("data_format") == b"NHWC" and padding in ("same", "valid")
-    if i != 1 or not plain or layout != Layout(0, 1):
-        raise Unknown("DepthwiseConv2dNative")
+    if operation.get_attr("data_format") not in (b"NHWC", b"NDHWC"):
+        raise Unknown(operation.type)
+    if padding == "explicit":
+        pads = operation.get_attr("explicit_paddings")
+        x, padding = tf.pad(x, [pads[2 * a : 2 * a + 2] for a in range(rank + 2)]), "valid"
     strides, dilations = operation.get_attr("strides"), operation.get_attr("dilations")
-    window = Window(tuple(w.shape[:2]), tuple(strides[1:3]), tuple(dilations[1:3]), padding)
-    channels, multiplier = int(w.shape[2]), int(w.shape[3])
-    right = tf.reshape(tf.cast(g, tf.float32), [batch.size, -1, channels * multiplier])
-    return _full(forms.depthwise(tf.cast(x, tf.float32), right, window, multiplier), w)
+    inner = slice(1, 1 + rank)
+    return x, Window(tuple(w.shape[:rank]), tuple(strides[inner]), tuple(dilations[inner]), padding)
+
+
+def _flat(x: tf.Tensor, size: int) -> tf.Tensor:
+    """[B, *spatial, C] to [B, P, C]."""
+    places = x.shape[1:-1]
+    count = math.prod(places) if places.is_fully_defined() else -1
+    return tf.reshape(x, [size, count, x.shape[-1]])
+
+
+def _flattened(x: tf.Tensor, layout: Layout, batch: Batch) -> tf.Tensor:
+    """Each example's entries after one another along the first axis."""
+    if layout.before != 1:
+        lengths = [n if n is not None else tf.shape(x)[1 + a] for a, n in enumerate(x.shape[1:])]
+        entries = layout.before * (layout.positions or 1)
+        x = tf.reshape(_gathered(x, layout, batch), [batch.size * entries, *lengths])
+    size = batch.size * layout.before * (layout.positions or 1)
+    return tf.ensure_shape(x, [size, *x.shape[1:]])
+
+
+def _summed(x: tf.Tensor, entries: int) -> tf.Tensor:
+    """Over each example's entries along the first axis."""
+    if entries == 1:
+        return x
+    return tf.reduce_sum(tf.reshape(x, [-1, entries, *x.shape[1:]]), axis=1)
 
 
 class Shapes(Protocol):
@@ -805,31 +880,56 @@ class TwoTraces:
         axes = [a for a, n in enumerate(shape) if n and n % self._examples == 0]
         if len(axes) != 1:
             return None
-        positions = shape[axes[0]] // self._examples
-        if positions > 1 and not (axes[0] == 0 and self._examples_in_order(x)):
-            return None
-        return Layout(axes[0], positions)
+        if shape[axes[0]] == self._examples:
+            return Layout(axes[0], 1)
+        return self._order(x, axes[0], int(shape[axes[0]]))
 
-    def _first(self, x: tf.Tensor) -> int | None:
+    def _axis(self, x: tf.Tensor) -> int | None:
+        """The axis along which a tensor has the examples, if it is one."""
         shape = self._shapes.get(x.name)
-        return shape[0] if shape is not None and shape.rank else None
+        if shape is None or shape.rank is None or x.op.name not in self._dependent:
+            return None
+        axes = [a for a, n in enumerate(shape) if n and n % self._examples == 0]
+        return axes[0] if len(axes) == 1 else None
 
-    def _examples_in_order(self, x: tf.Tensor) -> bool:
-        """Whether the first axis has one example's entries after another's."""
-        for _ in range(200):
+    def _order(self, x: tf.Tensor, axis: int, length: int) -> Layout | None:
+        """How the examples lie along an axis that has several entries of each.
+
+        Found back from the tensor to one that has them alone along an axis: only reshaping changes
+        how they lie, and of what it is given only how much comes before the examples matters.
+        """
+        reshaped: list[tuple[tf.TensorShape, int, tf.TensorShape, int]] = []
+        last = axis
+        for _ in range(500):
             shape = self._shapes.get(x.name)
-            if shape is None or not shape.rank or not shape[0] or shape[0] % self._examples:
-                return False
-            if shape[0] == self._examples:
-                return True
-            before = [(y, self._first(y)) for y in x.op.inputs if y.op.name in self._dependent]
-            before = [(y, n) for y, n in before if n and n % self._examples == 0]
-            kind = x.op.type
-            same = [y for y, n in before if n == shape[0]]
-            if kind == "Reshape" and before:
-                x = before[0][0]
-            elif same and kind in _ROWWISE:
-                x = same[0]
-            else:
-                return False
-        return False
+            assert shape is not None
+            if shape[last] == self._examples:
+                break
+            inputs = [(y, self._axis(y)) for y in x.op.inputs]
+            before = [(y, a) for y, a in inputs if a is not None]
+            if x.op.type != "Reshape":
+                if x.op.type not in _ROWWISE:
+                    return None
+                before = [(y, a) for y, a in before if self._length(y, a) == shape[last]]
+            if not before:
+                return None
+            y, a = before[0]
+            if x.op.type == "Reshape":
+                reshaped.append((self._shapes.get(y.name), a, shape, last))  # type: ignore[arg-type]
+            x, last = y, a
+        else:
+            return None
+        times = 1
+        for given, a, taken, b in reversed(reshaped):
+            if a == 0 and b == 0 and times == 1:
+                continue
+            if not (given[:a].is_fully_defined() and taken[:b].is_fully_defined()):
+                return None
+            times, rest = divmod(times * math.prod(given[:a]), math.prod(taken[:b]))
+            if rest or taken[b] % (times * self._examples):
+                return None
+        return Layout(axis, length // (times * self._examples), times)
+
+    def _length(self, x: tf.Tensor, axis: int) -> int | None:
+        shape = self._shapes.get(x.name)
+        return shape[axis] if shape is not None else None
