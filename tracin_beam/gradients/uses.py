@@ -915,7 +915,7 @@ class TwoTraces:
                 return None
             y, a = before[0]
             if x.op.type == "Reshape":
-                reshaped.append((self._shapes.get(y.name), a, shape, last))  # type: ignore[arg-type]
+                reshaped.append((self._shapes.get(y.name), a, shape, last))
             x, last = y, a
         else:
             return None

@@ -196,7 +196,9 @@ def as_text(planned: Planned) -> str:
     lines += [
         "",
         f"A worker like this machine embeds {speed.embed_rows:,.0f} examples a second at each "
-        f"checkpoint. Its time:",
+        f"checkpoint.",
+        *([str(speed.slow)] if speed.slow else []),
+        "Its time:",
     ]
     lines += [f"  {stage}: {duration(seconds)}" for stage, seconds in plan.seconds.items()]
     lines += [

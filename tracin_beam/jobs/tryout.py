@@ -6,7 +6,7 @@ What is wrong with a task, a loss, a checkpoint or the records is said here, bef
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracin_beam.config import Config
@@ -39,6 +39,7 @@ def try_out(
     from tracin_beam.gradients import projections
     from tracin_beam.gradients.engine import BatchParser, EngineConfig
     from tracin_beam.jobs import fingerprints
+    from tracin_beam.planning import speed
     from tracin_beam.stages import workers
 
     if config.projection not in projections.names():
@@ -80,8 +81,8 @@ def try_out(
         _log.warning("%s. Each example will be computed by itself, which is slower.", error)
         source, loaded = _reloaded(source, loaded, rules=False)
         _verify(loaded, checkpoints, batch)
-    if slow := loaded.engine.slow_weights():
-        _log.warning("%s", _cost_of(slow, loaded, checkpoints[-1], batch))
+    if slow := speed.slow(loaded, checkpoints[-1], batch):
+        _log.warning("%s", slow)
     return source, fingerprints.of_task(task, loaded.engine, config, source.task), parser.gives_ids
 
 
@@ -168,22 +169,6 @@ def _depends_on_padding(
         "it, those of one length together, which is slower. Masking the padding would avoid it."
     )
     return True
-
-
-def _cost_of(
-    slow: Mapping[str, str | None], loaded: "Loaded", checkpoint: CheckpointFile, batch: "Batch"
-) -> str:
-    """Which weights no rule is for, and by how much they slow the run."""
-    engine = loaded.engine
-    factor = engine.slowdown(engine.values(checkpoint.path), batch)
-    names = list(slow)
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    layers = sorted({layer for layer in slow.values() if layer})
-    how = f"layer {', '.join(layers[:5])}" if None not in slow.values() else "the whole model"
-    return (
-        f"No rule is for {len(names)} of {len(engine.weights)} weights: {shown}. For them {how} is "
-        f"run for each example, and embedding takes {factor:.1f} times as long as without them."
-    )
 
 
 def _check_independence(

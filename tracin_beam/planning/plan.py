@@ -48,6 +48,33 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Slow:
+    """The weights that no rule is for, which take a product for each example.
+
+    Attributes:
+      weights: their paths.
+      total: how many weights there are.
+      layers: which are run for each example; empty if the whole model is.
+      factor: how many times as long embedding takes as without these weights.
+    """
+
+    weights: tuple[str, ...]
+    total: int
+    layers: tuple[str, ...]
+    factor: float
+
+    def __str__(self) -> str:
+        more = len(self.weights) - 10
+        shown = ", ".join(self.weights[:10]) + (f" and {more} more" if more > 0 else "")
+        how = f"layer {', '.join(self.layers[:5])}" if self.layers else "the whole model"
+        return (
+            f"No rule is for {len(self.weights)} of {self.total} weights: {shown}. For them {how} "
+            f"is run for each example, and embedding takes {self.factor:.1f} times as long as "
+            "without them."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Speed:
     """What the pilot measured.
 
@@ -57,6 +84,7 @@ class Speed:
       batch_size: examples computed at a time; a block of queries holds as many.
       query_bytes: of a block's gradients.
       memory: peak of the measuring process in bytes.
+      slow: the weights without a rule, or None if each has one.
     """
 
     embed_rows: float
@@ -64,6 +92,7 @@ class Speed:
     batch_size: int
     query_bytes: int
     memory: int
+    slow: Slow | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tracin_beam.gradients.engine import Batch
 from tracin_beam.planning import plan
 from tracin_beam.planning.sample import sample, usable
 from tracin_beam.stages import embed
@@ -50,6 +51,22 @@ def measure(source: EngineSource, checkpoint: CheckpointFile, train: Sequence[Sh
         size,
         loaded.engine.query_bytes(),
         max(memory, _peak_memory()),
+        slow(loaded, checkpoint, loaded.parse([record.data for record in good[:size]])),
+    )
+
+
+def slow(loaded: Loaded, checkpoint: CheckpointFile, batch: Batch) -> plan.Slow | None:
+    """The weights that no rule is for, and what they cost; None if each has one."""
+    engine = loaded.engine
+    found = engine.slow_weights()
+    if not found:
+        return None
+    layers = set(found.values())
+    return plan.Slow(
+        tuple(found),
+        len(engine.weights),
+        () if None in layers else tuple(sorted(name for name in layers if name)),
+        engine.slowdown(engine.values(checkpoint.path), batch),
     )
 
 
