@@ -32,7 +32,7 @@ _ALLOWED = (
 )
 
 DEFAULT_WARNINGS = (
-    "suspicious_shards > 0",
+    "new_suspicious_shards > 0",
     "suspects_rate > 1.5 * baseline and suspects >= 20",
     "accuracy < 0.95 * baseline",
     "mean_loss > 1.5 * baseline",
@@ -280,7 +280,8 @@ def _metrics_of(node: ast.expr) -> list[ast.expr]:
 
 
 def _is_baseline(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id in _BASELINES
+    named = node.func if isinstance(node, ast.Call) else node
+    return isinstance(named, ast.Name) and named.id in _BASELINES
 
 
 class _Evaluation:
@@ -322,9 +323,9 @@ class _Evaluation:
             self.said.append(f"{ast.unparse(node)} divides by zero, or overflows")
             return None
         base = None
-        named = next((part for part in ast.walk(node) if _is_baseline(part)), None)
-        if named is not None and about is not None:
-            base = self._baseline(_call_of(node, named), about)
+        named = next(filter(_is_baseline, ast.walk(node)), None)  # a call before its function
+        if isinstance(named, ast.expr) and about is not None:
+            base = self._baseline(named, about)
         if self.first is None:
             own = self._metric(about) if about is not None else values[0]
             self.first = (own, base)
@@ -432,12 +433,6 @@ class _Evaluation:
         else:
             variance = 0.0
         return math.sqrt(variance + spread**2)
-
-
-def _call_of(node: ast.expr, named: ast.AST) -> ast.expr:
-    """The call whose function is `named`, or `named` itself."""
-    calls = (part for part in ast.walk(node) if isinstance(part, ast.Call) and part.func is named)
-    return next(calls, named)  # type: ignore[arg-type]
 
 
 def _shown(value: float) -> str:

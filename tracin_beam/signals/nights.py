@@ -1,0 +1,332 @@
+"""The metrics of a night, from mergeable sums of its shards, and the shards that stand out.
+
+A shard's summary is made from its signals alone, so that a shard that did not change costs nothing
+on the next night. Nothing here reads or writes files.
+"""
+
+import collections
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+# Bins of the mislabel score, equally wide in its logit: fine where suspects are. Bin 0 is below
+# all edges.
+_EDGES = 1 / (1 + np.exp(-np.linspace(-2.0, 10.0, 97)))
+BINS = len(_EDGES) + 1
+# Shares of the worst scores in which a shard may have too many: what few but certain mistakes
+# look like, and what many uncertain ones do.
+_TAILS = (0.0005, 0.002, 0.01, 0.04)
+LEVEL = 0.001  # of all tests of a night together
+_MOST_CLASSES = 1000
+_NIGHTS = 30  # whose arrivals are still compared with
+
+SUSPECT_KINDS = (
+    *("mislabelled", "duplicate", "conflicting duplicate", "leaked"),
+    *("outlier", "shifted class"),
+)
+
+
+def summary(signals: pa.Table, classification: bool, identity: str = "") -> dict[str, Any]:
+    """What is kept of a shard, or of some of its rows.
+
+    Args:
+      signals: rows of `signals.parquet` of one shard, whose "cohort" is one.
+      classification: whether labels and predictions are classes, so that there is an accuracy.
+      identity: of the shard's content, so that a shard that changed counts as one that came.
+
+    Returns:
+      Sums that can be added: "examples", "loss" and "losses" (sum, and how many there are),
+      "right" and "judged" (labels that are predicted, and labels), "scores" (counts by bin of the
+      mislabel score) and "classes" ({class: [examples, right]}), with "cohort" and "identity". JSON
+      can hold it.
+    """
+    loss = _floats(signals, "loss")
+    finite = np.isfinite(loss)
+    found: dict[str, Any] = {
+        "cohort": signals["cohort"][0].as_py() if len(signals) else "unknown",
+        "identity": identity,
+        "examples": len(signals),
+        "loss": float(loss[finite].sum()),
+        "losses": int(finite.sum()),
+        "right": 0,
+        "judged": 0,
+        "scores": histogram(_floats(signals, "mislabel_score")),
+        "classes": {},
+    }
+    if classification:
+        label, prediction = _floats(signals, "label"), _floats(signals, "prediction")
+        known = np.isfinite(label) & np.isfinite(prediction)
+        right = label == prediction
+        found["right"], found["judged"] = int((known & right).sum()), int(known.sum())
+        classes, at = np.unique(label[known], return_inverse=True)
+        totals = np.bincount(at, minlength=len(classes))
+        rights = np.bincount(at, right[known], minlength=len(classes))
+        found["classes"] = {
+            f"{name:g}": [int(total), int(hits)]
+            for name, total, hits in zip(classes, totals, rights, strict=True)
+        }
+    return found
+
+
+def merged(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of summaries; the cohort is the first one's."""
+    whole: dict[str, Any] = {}
+    classes: dict[str, list[int]] = {}
+    for one in summaries:
+        if not whole:
+            whole = {**one, "scores": list(one["scores"])}
+        else:
+            for name in ("examples", "loss", "losses", "right", "judged"):
+                whole[name] += one[name]
+            whole["scores"] = [a + b for a, b in zip(whole["scores"], one["scores"], strict=True)]
+        for name, (total, right) in one["classes"].items():
+            kept = classes.setdefault(name, [0, 0])
+            kept[0], kept[1] = kept[0] + total, kept[1] + right
+    return {**whole, "classes": classes} if whole else {}
+
+
+def histogram(scores: np.ndarray) -> list[int]:
+    """Counts of mislabel scores by bin, [`BINS`]; scores that are no number are left out."""
+    values = np.asarray(scores, np.float64)
+    bins = np.searchsorted(_EDGES, values[np.isfinite(values)], side="right")
+    return [int(count) for count in np.bincount(bins, minlength=BINS)]
+
+
+def metrics_of(
+    date: str,
+    shards: Mapping[str, Mapping[str, Any]],
+    suspects: pa.Table,
+    history: Sequence[Mapping[str, Any]] = (),
+    extra: Mapping[str, float | None] | None = None,
+) -> dict[str, Any]:
+    """All that a night's `metrics.json` holds but its gates and changes.
+
+    Args:
+      date: of the night.
+      shards: the summary of each training shard, by path.
+      suspects: rows of `suspects.parquet`, without those that a verdict holds for.
+      history: what earlier nights' `metrics.json` hold, oldest first.
+      extra: other metrics, by name, such as the range of the number of wrong labels.
+
+    Returns:
+      "date", "metrics" ({name: number}), "by_class" and "by_shard" ({key: {name: number}}), and
+      "arrivals" (the bins of the shards that came or changed tonight, for the nights to come).
+    """
+    before = _arrivals([night for night in history if night.get("date") != date])
+    probabilities = shard_probabilities(date, shards, history)
+    new_suspicious = {path for path, p in probabilities.items() if p is not None and p < LEVEL}
+    suspicious = new_suspicious | {
+        path
+        for path, one in shards.items()
+        if _is_known(path, one, before) and before[path].get("suspicious")
+    }
+    whole = merged(shards.values())
+    kinds = suspects["kind"].to_pylist()
+    is_new = [first == date for first in suspects["first_seen"].to_pylist()]
+    by_kind = collections.Counter(kinds)
+    new_by_kind = collections.Counter(k for k, new in zip(kinds, is_new, strict=True) if new)
+    cohorts = collections.Counter[str]()
+    for one in shards.values():
+        cohorts[one["cohort"]] += one["examples"]
+    examples = whole.get("examples", 0)
+    distinct = pc.count_distinct(suspects["id"]).as_py() if len(suspects) else 0
+    metrics: dict[str, float | None] = {
+        "examples": examples,
+        "examples_new": cohorts["new"],
+        "shards": len(shards),
+        "suspects": len(kinds),
+        "new_suspects": sum(is_new),
+        "suspects_rate": distinct / examples if examples else None,
+    }
+    for kind in dict.fromkeys([*SUSPECT_KINDS, *sorted(by_kind)]):
+        metrics[f"suspects.{kind}"] = by_kind[kind]
+        metrics[f"new_suspects.{kind}"] = new_by_kind[kind]
+    metrics["mean_loss"] = whole["loss"] / whole["losses"] if whole.get("losses") else None
+    if whole.get("judged"):
+        metrics["accuracy"] = whole["right"] / whole["judged"]
+    metrics["suspicious_shards"] = len(suspicious)
+    metrics["new_suspicious_shards"] = len(new_suspicious)
+    metrics.update(extra or {})
+    arrivals = {
+        path: {
+            **{name: one.get(name) for name in ("cohort", "identity", "scores")},
+            "suspicious": path in suspicious,
+        }
+        for path, one in shards.items()
+        if not _is_known(path, one, before)
+    }
+    return {
+        "date": date,
+        "metrics": metrics,
+        "by_class": _by_class(whole, suspects),
+        "by_shard": _by_shard(shards, suspects, probabilities),
+        "arrivals": arrivals,
+    }
+
+
+def shard_probabilities(
+    date: str,
+    shards: Mapping[str, Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, float | None]:
+    """How probable each shard's share of the worst scores is by chance, for all tests of a night.
+
+    For each of some small shares q the scores of the shard and of those it is compared with are
+    put together, and the number of the shard's scores among the worst q has a hypergeometric
+    distribution if the shard is like the others: exact, whatever the scores are. If shards differ
+    among themselves by more than chance, counts are divided by that dispersion (McCullagh and
+    Nelder 1989, section 4.5). The least of the four probabilities, times four and times the number
+    of shards tested, is the result (Bonferroni).
+
+    A shard is compared with the other shards of its cohort tonight, and with those of its cohort
+    that came on earlier nights, as they were then. Where these have fewer examples than the shard
+    itself, all other shards are taken, and the dispersion that is assumed is at least 2, as values
+    of examples that were trained on are better.
+
+    Args:
+      date: of the night; its own entries in the history are left out.
+      shards: as of `metrics_of`.
+      history: as of `metrics_of`.
+
+    Returns:
+      By path of the shards that came or changed, in [0, 1]; None where there is nothing to compare
+      with.
+    """
+    earlier = _arrivals([night for night in history if night.get("date") != date])
+    usual = {path: one for path, one in earlier.items() if not one.get("suspicious")}
+    # A shard that was there before was tested when it came.
+    tested = [path for path, one in shards.items() if not _is_known(path, one, earlier)]
+    bad = {path for path, one in earlier.items() if one.get("suspicious")}
+    found: dict[str, float | None] = {}
+    for path in tested:
+        one = shards[path]
+        others = [s for other, s in shards.items() if other != path and other not in bad]
+        others += [s for other, s in usual.items() if other not in shards]
+        same = [s["scores"] for s in others if s["cohort"] == one["cohort"]]
+        least = 1.0
+        if sum(map(sum, same)) < sum(one["scores"]):
+            same, least = [s["scores"] for s in others], 2.0
+        p = _tail_probability(np.array(one["scores"]), [np.array(s) for s in same], least)
+        found[path] = None if p is None else min(1.0, p * len(tested))
+    return found
+
+
+def _tail_probability(own: np.ndarray, others: Sequence[np.ndarray], least: float) -> float | None:
+    """Bonferroni's probability over `_TAILS` that a shard is like the others."""
+    size = int(own.sum())
+    if not size or not others or sum(int(o.sum()) for o in others) < size:
+        return None
+    counts = np.stack([own, *others])
+    tails = counts[:, ::-1].cumsum(axis=1)[:, ::-1]  # examples in the bin or above
+    total = int(tails[:, 0].sum())
+    probabilities = []
+    for share in _TAILS:
+        above = tails.sum(axis=0)
+        edge = int(np.argmax(above <= max(share * total, 1)))
+        if above[edge] > max(share * total, 1) or not above[edge]:
+            continue
+        spread = max(least, _dispersion(tails[1:, edge], tails[1:, 0]))
+        in_tail = round(above[edge] / spread)
+        drawn, here = round(size / spread), math.floor(tails[0, edge] / spread)
+        probabilities.append(_at_least(here, round(total / spread), in_tail, drawn))
+    return min(1.0, min(probabilities) * len(_TAILS)) if probabilities else 1.0
+
+
+def _at_least(hits: int, total: int, marked: int, drawn: int) -> float:
+    """P(X >= hits) of the hypergeometric distribution, where `marked` of `total` are hits."""
+    lowest, highest = max(0, drawn + marked - total), min(marked, drawn)
+    if hits <= lowest:
+        return 1.0
+    if hits > highest:
+        return 0.0
+
+    def log_choose(n: int, k: int) -> float:
+        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+    first = log_choose(marked, hits) + log_choose(total - marked, drawn - hits)
+    first -= log_choose(total, drawn)
+    k = np.arange(hits, highest, dtype=np.float64)
+    ratios = np.log((marked - k) * (drawn - k) / ((k + 1) * (total - marked - drawn + k + 1)))
+    return float(min(1.0, np.exp(first + np.concatenate([[0.0], ratios.cumsum()])).sum()))
+
+
+def _dispersion(hits: np.ndarray, sizes: np.ndarray) -> float:
+    """Pearson's dispersion of shares of shards; 1 where they are few or differ by chance."""
+    hits, sizes = hits[sizes > 0], sizes[sizes > 0]
+    expected = sizes * hits.sum() / max(sizes.sum(), 1)
+    if len(hits) < 5 or expected.min() < 1:
+        return 1.0
+    share = hits.sum() / sizes.sum()
+    squares = (hits - expected) ** 2 / (expected * max(1 - share, 1e-9))
+    freedom = len(hits) - 1
+    # One bad shard among them must not make all others' differences look usual.
+    rest = (squares.sum() - squares.max()) / max(freedom - 1, 1)
+    chance = 1 + 2 * math.sqrt(2 / freedom)
+    return float(rest) if rest > chance else 1.0
+
+
+def _arrivals(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Shards of recent nights as they were when they came, or last changed, by path."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for night in history[-_NIGHTS:]:
+        for path, one in night.get("arrivals", {}).items():
+            if len(one["scores"]) == BINS:
+                found[path] = one
+    return found
+
+
+def _is_known(path: str, one: Mapping[str, Any], arrivals: Mapping[str, Mapping[str, Any]]) -> bool:
+    return path in arrivals and arrivals[path].get("identity") == one.get("identity")
+
+
+def _by_class(whole: Mapping[str, Any], suspects: pa.Table) -> dict[str, dict[str, float]]:
+    labels = collections.Counter(
+        f"{label:g}"
+        for label, kind in zip(
+            suspects["label"].to_pylist(), suspects["kind"].to_pylist(), strict=True
+        )
+        if kind == "mislabelled" and isinstance(label, float)
+    )
+    counted: Mapping[str, Sequence[int]] = whole.get("classes", {})
+    largest = sorted(counted, key=lambda name: -counted[name][0])[:_MOST_CLASSES]
+    return {
+        name: {
+            "examples": counted[name][0],
+            "accuracy": counted[name][1] / counted[name][0],
+            "suspects": labels[name],
+            "suspects_rate": labels[name] / counted[name][0],
+        }
+        for name in sorted(largest, key=float)
+    }
+
+
+def _by_shard(
+    shards: Mapping[str, Mapping[str, Any]],
+    suspects: pa.Table,
+    probabilities: Mapping[str, float | None],
+) -> dict[str, dict[str, Any]]:
+    counts = collections.Counter(suspects["shard"].to_pylist())
+    rows = {}
+    for path, one in shards.items():
+        row: dict[str, Any] = {
+            "examples": one["examples"],
+            "suspects": counts[path],
+            "suspects_rate": counts[path] / one["examples"] if one["examples"] else None,
+            "mean_loss": one["loss"] / one["losses"] if one["losses"] else None,
+            "probability": probabilities.get(path),
+        }
+        if one["judged"]:
+            row["accuracy"] = one["right"] / one["judged"]
+        rows[path] = row
+    return rows
+
+
+def _floats(table: pa.Table, name: str) -> np.ndarray:
+    """A column as float64, NaN where it is null, a list, or not there."""
+    if name not in table.column_names or pa.types.is_list(table.schema.field(name).type):
+        return np.full(len(table), np.nan)
+    return np.asarray(table[name].cast(pa.float64()).to_numpy(), np.float64)
