@@ -344,8 +344,47 @@ def old_kinds(model, folder):
     yield f"{folder}/shards.weights.json"
     prefix = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "tf" / "c")
     yield from (prefix, f"{prefix}.index", f"{folder}/tf/c-*")
+    yield tf.train.Checkpoint(net=model, optimizer=model.optimizer).write(f"{folder}/tf/other")
+    yield tf.train.Checkpoint(model).write(f"{folder}/tf/itself")
     model.export(folder / "exported", verbose=False)
     yield from (f"{folder}/exported", f"{folder}/exported/saved_model.pb")
+    tf.saved_model.save(model, f"{folder}/plain")
+    yield f"{folder}/plain"
+
+
+def lines_of(error):
+    """The code that a message gives."""
+    return [line[4:] for line in str(error).splitlines() if line.startswith("    ")]
+
+
+class WithAList(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.parts = [keras.layers.Dense(3), keras.layers.Dense(2)]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        tf.saved_model.save,
+        lambda model, path: tf.train.Checkpoint(model=model).write(path),
+    ],
+    ids=["SavedModel", "Checkpoint"],
+)
+def test_the_lines_fail_where_a_file_lacks_weights(save, tmp_path):
+    model = WithAList()
+    model(X)
+    save(model, f"{tmp_path}/old")
+    with pytest.raises(InputError) as raised:
+        read_checkpoints(f"{tmp_path}/old", 0.1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="kernel"):
+        exec("\n".join(lines_of(raised.value)), {"tf": tf, "model": model})
+    assert not list(tmp_path.glob("*.weights.h5"))
 
 
 def test_older_kinds_are_named_with_the_lines_that_convert_them(tmp_path):
@@ -356,10 +395,9 @@ def test_older_kinds_are_named_with_the_lines_that_convert_them(tmp_path):
             InputError, match=r"of another kind|tf\.train\.Checkpoint|SavedModel"
         ) as raised:
             read_checkpoints(spec, 0.1)
-        lines = [line[4:] for line in str(raised.value).splitlines() if line.startswith("    ")]
-        assert len(lines) == 2, raised.value
+        lines = lines_of(raised.value)
         exec("\n".join(lines), {"tf": tf, "model": build()})
-        written = Path(lines[1].split("'")[1])
+        written = Path(lines[-1].split("'")[1])
         model = build()
         load_weights(model, str(read_checkpoints(str(written), 0.1)[0].path))
         np.testing.assert_array_equal(model(X), trained(X), err_msg=str(number))

@@ -313,21 +313,22 @@ def _other_kind(path: str) -> str | None:
     prefix = re.sub(r"\.(index|data-\d+-of-\d+)$", "", folder)
     if folder.endswith("saved_model.pb") or files.exists(files.join(folder, "saved_model.pb")):
         model = folder.removesuffix("saved_model.pb").removesuffix("/")
-        return _convert(
-            path,
-            "a SavedModel",
-            f"pairs = zip(model.variables, tf.saved_model.load({model!r}).variables, strict=True); "
-            "[variable.assign(saved) for variable, saved in pairs]",
-            model,
-        )
+        values = files.join(model, "variables", "variables")
+        found = _saved_attributes(values)
+        if "variables" in found or not found:  # by model.export or Keras 2
+            saved = f"tf.saved_model.load({model!r}).variables"
+            load = f"[v.assign(w) for v, w in zip(model.variables, {saved}, strict=True)]"
+        else:  # by tf.saved_model.save
+            load = _read_as("model", values)
+        return _convert(path, "a SavedModel", load, model)
     if prefix != folder or files.exists(prefix + ".index"):
-        restored = f"tf.train.Checkpoint(model=model).restore({prefix!r})"
-        return _convert(
-            path,
-            "a checkpoint of tf.train.Checkpoint",
-            f"{restored}.assert_existing_objects_matched()",
-            prefix,
-        )
+        found = _saved_attributes(prefix) - _NOT_THE_MODEL
+        if any(name.startswith(_OF_MODELS) for name in found):
+            saved = "model"
+        else:
+            saved = f"{found.pop() if len(found) == 1 else 'model'}=model"
+        load = _read_as(saved, prefix)
+        return _convert(path, "a checkpoint of tf.train.Checkpoint", load, prefix)
     if os.path.basename(folder) == "checkpoint" or files.exists(files.join(folder, "checkpoint")):
         return (
             f"{path} belongs to checkpoints of tf.train.Checkpoint: give the path of one of them "
@@ -341,11 +342,52 @@ def _other_kind(path: str) -> str | None:
     return None
 
 
+# TensorFlow's checkpoints leave out layers in lists and dicts of a model of Keras 3, in silence.
+_FORGET = "[v.assign(v * float('nan')) for v in model.weights if 'float' in v.dtype]"
+_PROVE = "[tf.debugging.assert_all_finite(v, v.path) for v in model.weights if 'float' in v.dtype]"
+
+
 def _convert(path: str, kind: str, load: str, stem: str) -> str:
+    lines = [load, f"model.save_weights({stem + WEIGHTS!r})"]
+    checked = ""
+    if "tf." in load:
+        lines = [_FORGET, load, _PROVE, lines[-1]]
+        checked = ", and see that none of its weights is missing there"
     return (
-        f"{path} is {kind}. Make a weights file of it, with the model as the task builds it:\n"
-        f"    {load}\n    model.save_weights({stem + WEIGHTS!r})"
+        f"{path} is {kind}. Make a weights file of it, with the model as the task builds it"
+        + checked
+        + ":"
+        + "".join(f"\n    {line}" for line in lines)
     )
+
+
+# What a tf.train.Checkpoint commonly holds beside the model, and what names of a model's own
+# attributes begin with.
+_NOT_THE_MODEL = {"save_counter", "optimizer", "opt", "step", "global_step", "epoch", "iterator"}
+_OF_MODELS = ("_layers", "_functional", "layer-", "layer_with_weights-", "keras_api", "variables")
+
+
+def _read_as(saved: str, prefix: str) -> str:
+    read = f"tf.train.Checkpoint({saved}).read({prefix!r})"
+    return f"{read}.assert_existing_objects_matched()"
+
+
+def _saved_attributes(prefix: str) -> set[str]:
+    """Names of the attributes of what was saved in TensorFlow's format; none if it cannot be read.
+
+    Args:
+      prefix: what the paths of its files begin with.
+    """
+    import tensorflow as tf
+    from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    try:
+        saved = tf.train.load_checkpoint(prefix).get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
+        graph.ParseFromString(saved)
+        return {child.local_name for child in graph.nodes[0].children}
+    except Exception:  # whatever is the matter with it, TensorFlow will tell who runs the lines
+        return set()
 
 
 def read_notes(path: str) -> dict[str, Any]:
