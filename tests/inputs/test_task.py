@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from remote_files import PREFIX
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs import task as tasks
@@ -328,6 +329,29 @@ def test_files_that_a_task_reads_travel_with_it(tmp_path):
     sent = source()
     assert [path for path, _ in sent.files] == ["data/late.bin", "my_task.py", "words.txt"]
     assert elsewhere(sent, tmp_path, "task.model()") == "(['a', 'b'], b'\\xff\\x00')"
+
+
+def test_the_files_of_a_task_in_a_bucket_are_fetched(tmp_path):
+    text = READS.replace('files=["', 'files=["words.txt", "helper.py", "').replace(
+        "import os", "import os, helper"
+    )
+    spec = reading_task(tmp_path / "here")
+    write(tmp_path / "here", {"my_task.py": text, "helper.py": "A = 1"})
+    _, source = load_task(PREFIX + spec)
+    sent = source()
+    assert [path for path, _ in sent.files] == [
+        *("data/late.bin", "helper.py", "my_task.py", "words.txt")
+    ]
+    assert elsewhere(sent, tmp_path, "task.model()") == "(['a', 'b'], b'\\xff\\x00')"
+    # Names that the source does not spell out are known once it has been imported.
+    made_up = READS.replace('"data/late.bin"]', '"data/" + n for n in ("late.bin",)]')
+    write(tmp_path / "here", {"my_task.py": made_up.replace('"words.txt"', '"my_task.py"')})
+    assert [path for path, _ in load_task(PREFIX + spec)[1]().files] == [
+        *("data/late.bin", "my_task.py")
+    ]
+    os.remove(tmp_path / "here/data/late.bin")
+    with pytest.raises(InputError, match=f"files=….: {PREFIX}.*/data/late.bin cannot be read"):
+        load_task(PREFIX + spec)
 
 
 def test_the_content_of_named_files_counts(tmp_path):

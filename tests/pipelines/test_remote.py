@@ -137,3 +137,30 @@ def test_a_task_reaches_a_machine_that_does_not_have_it(tmp_path):
     assert str(here) not in load()
     shutil.rmtree(here)
     assert str(here) not in load()
+
+
+def test_a_task_and_its_files_are_remote(tmp_path, launch):
+    tiny = Tiny(tmp_path, launch).write_all(train=1, test=0)
+    (tmp_path / "scale.txt").write_text("1.0")
+    reads = (
+        t.TASK.replace(
+            "def build_model",
+            """import os
+HERE = os.path.dirname(os.path.abspath(__file__))
+with open(os.path.join(HERE, "scale.txt")) as file:
+    SCALE = float(file.read())
+
+def build_model""",
+        )
+        .replace('example["x"],', 'SCALE * example["x"],')
+        .replace("parse)", 'parse, files=["scale.txt"])')
+    )
+    (tmp_path / "task.py").write_text(reads)
+    task = f"{PREFIX}{tmp_path}/task.py:task"
+    assert tiny.run("self_influence", task=task) == 0
+    tiny.check(tables=["self_influence"])
+    before = t.snapshot(tiny.out)
+    assert tiny.run("self_influence", task=task) == 0
+    assert t.snapshot(tiny.out) == before
+    (tmp_path / "scale.txt").write_text("2.0")
+    assert tiny.run("self_influence", task=task) == 2

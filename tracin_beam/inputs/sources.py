@@ -130,6 +130,27 @@ def imported(text: str, package: str) -> set[str]:
     return {".".join(name.split(".")[:n]) for name in found for n in range(1, name.count(".") + 2)}
 
 
+def files_named(text: str | bytes) -> list[str]:
+    """The files that `Task(files=…)` names in a source, as far as they are written out.
+
+    None of a source that does not parse.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return []
+    given = [
+        keyword.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", getattr(node.func, "attr", "")) == "Task"
+        for keyword in node.keywords
+        if keyword.arg == "files"
+    ]
+    written = [n for value in given if isinstance(value, ast.List | ast.Tuple) for n in value.elts]
+    return [n.value for n in written if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+
 def is_dynamic(text: str) -> bool:
     """Whether a module may reach others by names that are not in its source."""
     return bool(_words(ast.parse(text)) & {"import_module", "__import__", "exec", "eval"})

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from tracin_beam.errors import InputError
+from tracin_beam.inputs.sources import files_named
 from tracin_beam.storage import files
 
 T = TypeVar("T")
@@ -56,7 +57,9 @@ class Task:
       files: files that the task reads, such as a vocabulary, as paths from the folder of the file
         that defines it; they must lie in that folder, or in that of its package. They travel to
         workers with the task, and embeddings depend on their content. What Python opens there while
-        the task is imported travels without being named.
+        the task is imported travels without being named; but of a task file in a bucket only what
+        is named is fetched, which may be a module, and before it is imported only what stands in
+        `Task(…)` itself.
 
     Example:
 
@@ -197,7 +200,8 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
     if not location or not attribute.isidentifier():
         raise InputError(f"--task={spec}: write file.py:name or package.module:name.")
     if location.endswith(".py"):
-        path = os.path.abspath(location) if files.is_local(location) else _fetch(location, spec)
+        far = not files.is_local(location)
+        path = _fetch(location, spec) if far else os.path.abspath(location)
         if not os.path.isfile(path):
             raise InputError(f"--task={spec}: there is no file {path}.")
         root, module = os.path.dirname(path), os.path.basename(path)[: -len(".py")]
@@ -211,6 +215,8 @@ def load_task(spec: str) -> tuple[Task, Callable[[], TaskSource]]:
         for _ in range(depth + 1):
             root = os.path.dirname(root)
     task = _get(imported, attribute, spec)
+    if location.endswith(".py") and far:
+        _fetch_beside(location, root, task.files)
 
     def source() -> TaskSource:
         sources = _sources(root, imported)
@@ -373,13 +379,34 @@ def _source_of_given(spec: str) -> TaskSource:
 
 
 def _fetch(path: str, spec: str) -> str:
-    """Copies a task file from another file system; what lies beside it is left there."""
+    """Copies a task file from another file system, and the files that its `Task(files=…)` names.
+
+    What is named is found in the source before it runs, as the task may read it when it is
+    imported; it may be a module too. What else lies beside it is left there.
+    """
     local = os.path.join(_temporary_folder(), path.rpartition("/")[2])
     try:
         files.download(path, local)
     except OSError as error:
         raise InputError(f"--task={spec}: {error}") from error
+    with open(local, "rb") as file:
+        _fetch_beside(path, os.path.dirname(local), files_named(file.read()))
     return local
+
+
+def _fetch_beside(path: str, folder: str, names: Sequence[str]) -> None:
+    """Copies files that lie beside a task file on another file system, unless they are there."""
+    for name in names:
+        # Others are refused by `_read_files`, which says where files may lie.
+        inside = not os.path.isabs(name) and not {"..", ""} & set(name.split("/"))
+        local = os.path.join(folder, name)
+        if inside and not os.path.exists(local):
+            far = files.join(path.rpartition("/")[0], name)
+            os.makedirs(os.path.dirname(local), exist_ok=True)
+            try:
+                files.download(far, local)
+            except OSError as error:
+                raise InputError(f"Task(files=…): {far} cannot be read: {error}") from error
 
 
 def _get(module: ModuleType, attribute: str, spec: str) -> Task:
