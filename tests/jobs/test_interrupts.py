@@ -4,12 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import tiny as t
 
+import tracin_beam
 from tracin_beam.jobs import interrupts
+from tracin_beam.storage import embeddings
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,19 +57,55 @@ def test_a_signal_ends_the_job(number, tmp_path, launch):
     job.check(tables=["self_influence"])
 
 
-def test_while_beam_is_being_imported(tmp_path):
+@pytest.mark.parametrize("command", [["pipelines.embed"], ["tracin_beam", "embed"]])
+def test_while_beam_is_being_imported(command, tmp_path):
     (tmp_path / "apache_beam.py").write_text(
         "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(300)"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.embed"],
+        [sys.executable, "-m", *command],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert (done.returncode, done.stderr) == (130, "stopped before anything was done\n")
+
+
+def test_a_function_that_is_interrupted_leaves_nothing_unfinished(tmp_path, monkeypatch, capfd):
+    job = t.Tiny(tmp_path).write_all(train=3, test=0)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    original, asked = embeddings.EmbeddingWriter.write, []
+
+    def write(self, rows):
+        original(self, rows)
+        asked.append(True)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            # The worker goes on, while the main thread is told.
+            time.sleep(0.3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings.EmbeddingWriter, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            tracin_beam.self_influence(**job.flags("self_influence"), progress=False)
+    there = t.snapshot(job.out)
+    assert not list(job.out.rglob(".*.tmp"))
+    assert not list((job.out / "_state").rglob("*.json"))
+    ours = [p for p in (tmp_path / "temporary").iterdir() if "__autograph_" not in p.name]
+    assert not ours
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    # No worker goes on in secret, and what was done counts.
+    assert t.snapshot(job.out) == there
+    tracin_beam.self_influence(**job.flags("self_influence"), progress=False)
+    job.check(tables=["self_influence"])
+    after = t.snapshot(job.out)
+    done = {path for path in there if path.endswith(".tfrecord.json")}
+    assert done
+    assert all(after[path] == there[path] for path in done)
 
 
 def test_handlers_are_put_back():

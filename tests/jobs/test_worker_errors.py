@@ -3,6 +3,9 @@
 import errno
 import os
 import re
+import resource
+import shutil
+import subprocess
 import threading
 import traceback
 
@@ -85,10 +88,10 @@ def says(capfd, status, pattern, code=2):
 
 
 class Full:
-    """A file on a disk that becomes full after some bytes."""
+    """A file on a disk that takes no more after some bytes."""
 
-    def __init__(self, handle, room):
-        self.handle, self.room = handle, room
+    def __init__(self, handle, room, number=errno.ENOSPC):
+        self.handle, self.room, self.number = handle, room, number
 
     def __getattr__(self, name):
         return getattr(self.handle, name)
@@ -96,7 +99,7 @@ class Full:
     def write(self, data):
         self.room -= len(data)
         if self.room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(self.number, os.strerror(self.number))
         return self.handle.write(data)
 
 
@@ -118,6 +121,56 @@ def test_a_full_disk(name, job, monkeypatch, capfd):
     monkeypatch.undo()
     assert job.run("influence") == 0
     job.check(tables=["influence"])
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [(errno.EDQUOT, "the quota of the disk is used up"), (errno.EIO, "the disk fails")],
+    ids=["quota", "failing"],
+)
+def test_a_disk_that_takes_no_more(number, what, job, monkeypatch, capfd):
+    create = files.FileSystems.create
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            files.FileSystems,
+            "create",
+            lambda path, **kwargs: Full(create(path, **kwargs), 100, number),
+        )
+        status = job.run("embed")
+    says(capfd, status, what)
+    assert not list(job.folder.rglob(".*.tmp"))
+
+
+def test_a_limit_on_the_size_of_files(job, capfd):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        status = job.run("embed", dim=4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = says(capfd, status, "larger than is allowed here; raise the limit")
+    assert "train-0.tfrecord" in said or "test-0.tfrecord" in said
+    assert not list(job.folder.rglob(".*.tmp"))
+    assert job.run("embed", dim=4096) == 0
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder on a file system that cannot be written to."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_read_only_file_system(job, read_only, capfd):
+    status = job.run("embed", output=read_only / "out")
+    says(capfd, status, "the file system is read-only; choose another place")
 
 
 def test_a_mistake_in_the_code(job, monkeypatch, capfd):

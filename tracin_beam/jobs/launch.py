@@ -16,7 +16,7 @@ from tracin_beam.jobs import dataflow, graphs, interrupts, local, options, worke
 from tracin_beam.jobs.preflight import Run, prepared
 from tracin_beam.jobs.registry import JOBS, Job, installed_as
 from tracin_beam.stages import metrics, progress
-from tracin_beam.storage import runs, unfinished
+from tracin_beam.storage import files, runs, unfinished
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[
     Raises:
       InputError: an input has to be mended.
     """
+    unfinished.begin()
     if dataflow.is_chosen(beam_options):
         dataflow.check(config, beam_options)
         dataflow.set_defaults(beam_options)
@@ -122,6 +123,7 @@ def execute(job: Job, run: Run, beam_options: PipelineOptions) -> PipelineResult
         cancelled = interrupts.telling(lambda: local.cancel(pipeline))
         with (
             worker_errors.without_traces(),
+            unfinished.tidied(files.remove),
             local.without_interactive_beam(),
             cancelled,
             pipeline,

@@ -17,6 +17,8 @@ from typing import Any, TextIO
 from tracin_beam.errors import MARK, InputError, os_problem
 
 TRACE_VARIABLE = "TRACIN_TRACE"
+# Where Beam logs errors of workers that are threads of this process.
+_LOGS = ("apache_beam.runners.common", "apache_beam.runners.worker.sdk_worker")
 _TRACEBACK = "Traceback (most recent call last)"
 _LAST_LINE = re.compile(r"^(?:[\w.]+\.)?([A-Z]\w*)(?:: (.*))?$")
 
@@ -85,8 +87,15 @@ def without_traces() -> Iterator[None]:
         yield
         return
     quiet: Any = _WithoutTraces(sys.stderr)
-    with contextlib.redirect_stderr(quiet):
-        yield
+    without = WithoutTraces()
+    for name in _LOGS:
+        logging.getLogger(name).addFilter(without)
+    try:
+        with contextlib.redirect_stderr(quiet):
+            yield
+    finally:
+        for name in _LOGS:
+            logging.getLogger(name).removeFilter(without)
 
 
 class _WithoutTraces:

@@ -26,7 +26,7 @@ def file(path: str, remove: Callable[[], None]) -> Iterator[None]:
         _removers[path] = remove
     try:
         if _stopped.is_set():
-            raise InterruptedError(f"{path}: this process is about to end")
+            raise InterruptedError(f"{path}: the run was interrupted")
         with _noted(path):
             yield
     finally:
@@ -76,8 +76,34 @@ def temporary_folder() -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def begin() -> None:
+    """Lets files be begun again, for another run after one that was interrupted."""
+    _stopped.clear()
+
+
+@contextlib.contextmanager
+def tidied(remove: Callable[[Iterable[str]], None], seconds: float = 2.0) -> Iterator[None]:
+    """In this block Ctrl-C raises KeyboardInterrupt when nothing unfinished is left.
+
+    Workers are threads that go on until they would begin the next file, which they cannot before
+    `begin`; they are waited for.
+
+    Args:
+      remove: removes files that worker processes have left.
+      seconds: how long to wait for threads.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        discard(remove)
+        end = time.monotonic() + seconds
+        while _removers and time.monotonic() < end:
+            time.sleep(0.05)
+        raise
+
+
 def discard(remove: Callable[[Iterable[str]], None], seconds: float = 1.0) -> None:
-    """Removes all of it, for a process that ends now; no further file is begun.
+    """Removes all of it, for a process or a run that ends now; no further file is begun.
 
     Args:
       remove: removes files that ended worker processes of this machine have left.
