@@ -5,6 +5,7 @@ of the data (uint32), all little-endian.
 """
 
 import gzip
+import hashlib
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,11 @@ class BadRecord(NamedTuple):
 
     position: int
     reason: str
+
+
+def content_hash(data: bytes) -> bytes:
+    """Tells a record from any other: 16 bytes (BLAKE2b) of its serialised data."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class DamageError(Exception):

@@ -190,6 +190,11 @@ class Output:
         """The folder of the leases of those who are at work."""
         return self.path("_state", "running")
 
+    @property
+    def verdicts(self) -> str:
+        """The ledger of verdicts."""
+        return self.path("quality", "verdicts.parquet")
+
     def evaluation(self, test_name: str, group: int) -> str:
         return self.path("evaluation", test_name, f"group-{group:05d}.parquet")
 
