@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from tracin_beam.errors import InputError
-from tracin_beam.inputs import state, weights
+from tracin_beam.inputs import batches, state, weights
 from tracin_beam.inputs.checkpoints import (
     LISTING,
     WEIGHTS,
@@ -152,6 +152,9 @@ class TracInCheckpoint(keras.callbacks.Callback):
       learning_rate: to be listed instead of the optimizer's: a number, or a function of how many
         steps were taken before, as a `LearningRateSchedule`. Needed where no Keras optimizer
         counts steps: then batches are counted.
+      record_batches: whether to save which examples each step used, with its learning rate, and
+        the weights before the first one, for `scoring.replay`. It costs a digest of every example
+        of every batch, and takes steps one by one.
 
     Raises:
       InputError: from `fit`: the directory holds the checkpoints of another training, the
@@ -166,6 +169,7 @@ class TracInCheckpoint(keras.callbacks.Callback):
         *,
         optimizer: keras.optimizers.Optimizer | None = None,
         learning_rate: float | Callable[[int], Any] | None = None,
+        record_batches: bool = False,
     ):
         super().__init__()
         whole = isinstance(save_freq, int) and not isinstance(save_freq, bool) and save_freq > 0
@@ -179,6 +183,8 @@ class TracInCheckpoint(keras.callbacks.Callback):
         self.save_freq = save_freq
         self.optimizer = optimizer
         self.learning_rate = learning_rate
+        self.record_batches = record_batches
+        self._recorder: batches.Recorder | None = None
         self._listing = files.join(self.directory, LISTING)
         self._entries: list[dict[str, Any]] | None = None
         self._stepped = False
@@ -211,6 +217,8 @@ class TracInCheckpoint(keras.callbacks.Callback):
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         if self.save_freq != "epoch" and self._entries is not None and self._unsaved_batches:
             self._save()
+        if self._recorder:
+            self._recorder.stop()
 
     def _begin(self) -> None:
         many = getattr(keras.optimizers, "MultiOptimizer", ())  # not in older Keras
@@ -223,6 +231,10 @@ class TracInCheckpoint(keras.callbacks.Callback):
         self._first_count, self._first = self._count(), self._sample()
         self._stepped, self._saved, self._trained = False, False, self._first
         self._entries, self._first_step = self._history()
+        if self.record_batches:
+            if not self._entries:
+                weights.save(self.model, batches.start_of(self.directory), {})
+            self._recorder = batches.Recorder(self.model, self._last_rate)
 
     def _optimizer(self) -> keras.optimizers.Optimizer | None:
         return self.optimizer or getattr(self.model, "optimizer", None)
@@ -233,7 +245,8 @@ class TracInCheckpoint(keras.callbacks.Callback):
 
     def _last_rate(self) -> float:
         if callable(self.learning_rate):
-            taken = self._count() if self._stepped else self._batches
+            stepped = self._stepped or self._count() != self._first_count
+            taken = self._count() if stepped else self._batches
             return _number(self.learning_rate(max(taken - 1, 0)))
         if self.learning_rate is not None:
             return float(self.learning_rate)
@@ -311,6 +324,10 @@ class TracInCheckpoint(keras.callbacks.Callback):
             warnings.warn(message + ". This checkpoint is not saved", stacklevel=2)
             return
         rate = checked_rate(self._rate, "TracInCheckpoint")
+        if self._recorder:
+            if not self._stepped:
+                raise InputError("record_batches=True needs a Keras optimizer that counts steps")
+            self._recorder.write(self.directory, step)
         _write(
             self.directory,
             self._entries,
