@@ -44,7 +44,9 @@ setup(
             "ipython",
             "kubernetes-validate~=1.33.1",  # with the schemas of Kubernetes 1.33
             "mypy",
+            "openlineage-python",  # whose classes check facets
             "pandas",
+            "prometheus-client",  # whose parser reads metrics
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tracin_beam._version import __version__
 from tracin_beam.jobs import start
-from tracin_beam.jobs.registry import JOBS
+from tracin_beam.jobs.registry import COMMANDS, JOBS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(_usage())
         return 0
+    if (two := " ".join(words[:2])) in COMMANDS:
+        return COMMANDS[two].main(words[2:])
     if not words or words[0] not in JOBS:
         said = f"there is no job {words[0]!r}" if words else "name a job"
         print(f"tracin-beam: {said}.\n{_usage()}", file=sys.stderr)
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {job.name:<15} {job.about}" for job in JOBS.values()]
+    every = [*JOBS.values(), *COMMANDS.values()]
+    lines = [f"  {job.name:<16} {job.about}" for job in every]
     return "\n".join(
         [
             "usage: tracin-beam JOB --flag=value …",

@@ -277,6 +277,29 @@ class Config:
     )
     json: bool = _flag(False, "Print the plan as JSON.", bool, jobs=("plan",))
 
+    to: str = _flag(
+        "",
+        "Folder for the cleaned shards, which --train never names.",
+        jobs=("quality apply",),
+    )
+    label_feature: str = _flag(
+        "",
+        "Feature of the tf.train.Examples that holds the label, where it is not the only one that "
+        "equals the parsed label.",
+        jobs=("quality apply",),
+    )
+    test_data: bool = _flag(
+        False,
+        "Clean shards of --train also where they are test data, which are refused otherwise.",
+        bool,
+        jobs=("quality apply",),
+    )
+    add: str = _flag(
+        "",
+        "Files of verdicts to add to the ledger: a glob, or a comma separated list of globs.",
+        jobs=("quality verdicts",),
+    )
+
     def embedding_flags(self) -> dict[str, Any]:
         """The flags that embeddings depend on, by name."""
         return {name: getattr(self, name) for name, flag in flags().items() if flag.embeddings}

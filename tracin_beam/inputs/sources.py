@@ -351,7 +351,9 @@ class _Quiet(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
         if name == "Task":
-            node.keywords = [k for k in node.keywords if k.arg not in ("label_names", "files")]
+            node.keywords = [
+                k for k in node.keywords if k.arg not in ("label_names", "files", "relabel")
+            ]
             node.args = node.args[:4]
         return self.generic_visit(node)
 

@@ -60,6 +60,8 @@ class Task:
         the task is imported travels without being named; but of a task file in a bucket only what
         is named is fetched, which may be a module, and before it is imported only what stands in
         `Task(…)` itself.
+      relabel: a function from a serialised record and a label to the record with that label, for
+        `quality apply`. Without it a feature of a `tf.train.Example` is rewritten.
 
     Example:
 
@@ -81,6 +83,7 @@ class Task:
     label_names: Sequence[str] | None = None
     kind: str | None = None
     files: Sequence[str] = ()
+    relabel: Callable[[bytes, float], bytes] | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:

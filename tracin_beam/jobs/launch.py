@@ -111,7 +111,14 @@ def say(prog: str, error: Exception) -> None:
 
 
 def execute(job: Job, run: Run, beam_options: PipelineOptions) -> PipelineResult:
-    """Runs a job's graph, and waits for it unless the options say otherwise.
+    """Runs a job's graph as `execute_graph` does."""
+    return execute_graph(lambda pipeline: job.parts.graph(pipeline, run), beam_options)
+
+
+def execute_graph(
+    graph: Callable[[beam.Pipeline], None], beam_options: PipelineOptions
+) -> PipelineResult:
+    """Runs a graph, and waits for it unless the options say otherwise.
 
     Raises:
       InputError: what Beam says of its options, or a worker of the input.
@@ -128,7 +135,7 @@ def execute(job: Job, run: Run, beam_options: PipelineOptions) -> PipelineResult
             cancelled,
             pipeline,
         ):
-            job.parts.graph(pipeline, run)
+            graph(pipeline)
         return pipeline.result
     except Exception as error:
         if worker_errors.shows_traces():

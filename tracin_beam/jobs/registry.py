@@ -91,3 +91,22 @@ JOBS: dict[str, Job] = {
         ),
     )
 }
+
+# What else the one command does: no jobs on checkpoints, and named by two words.
+COMMANDS: dict[str, Job] = {
+    job.name: job
+    for job in (
+        Job(
+            "quality verdicts",
+            "The ledger of verdicts on suspects: adds files that reviewers exported to it.",
+            ("output",),
+            command="tracin_beam.jobs.quality_verdicts",
+        ),
+        Job(
+            "quality apply",
+            "Cleaned shards from the ledger of verdicts, into another folder.",
+            ("task", "train", "output", "to"),
+            command="tracin_beam.jobs.quality_apply",
+        ),
+    )
+}

@@ -1,0 +1,41 @@
+"""`tracin-beam quality verdicts`: merges files of verdicts into the ledger, or tells of it."""
+
+import collections
+import sys
+from collections.abc import Sequence
+
+from apache_beam.io.filesystems import FileSystems
+
+from tracin_beam.errors import InputError
+from tracin_beam.jobs import launch, options
+from tracin_beam.jobs.registry import COMMANDS, Job, installed_as
+from tracin_beam.storage import files, patterns, verdicts
+from tracin_beam.storage.runs import Output
+
+
+def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
+    """Adds verdicts. Arguments and result are those of `launch.main`."""
+    job, prog = COMMANDS[name], prog or installed_as(name)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if options.wants_help(argv, prog, job):
+        return 0
+    return launch.ends(prog, lambda: _run(job, prog, argv))
+
+
+def _run(job: Job, prog: str, argv: Sequence[str]) -> int:
+    config, beam_options = options.parse(argv, job, prog)
+    FileSystems.set_options(beam_options)
+    output = Output(files.full(config.output))
+    if config.add:
+        try:
+            paths = [info.path for info in patterns.match(config.add)]
+        except InputError as error:
+            raise InputError(f"--add: {error}") from None
+        added, _ = verdicts.add(output, paths)
+        print(f"{added} verdicts added")
+    counted = collections.Counter(
+        row["verdict"] for row in verdicts.latest(verdicts.read(output)).values()
+    )
+    words = ", ".join(f"{counted[name]} {name}" for name in verdicts.VERDICTS)
+    print(f"{counted.total()} examples have a verdict ({words}): {output.verdicts}")
+    return 0
