@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from apache_beam.testing.util import assert_that, equal_to
 
 from tests import sockets
 from tracin_beam.errors import InputError
-from tracin_beam.jobs import launch, local
+from tracin_beam.jobs import launch, local, worker_errors
 
 THREADS = ["--runner=FnApiRunner", "--direct_running_mode=multi_threading"]
 
@@ -125,3 +127,32 @@ def test_the_kernel_tells_of_sockets_that_listen_everywhere():
             server.bind((anywhere, 0))
             server.listen()
             assert (address, server.getsockname()[1]) in sockets.listening()
+
+
+WORKER = """
+import sys, traceback
+print("before", file=sys.stderr)
+try:
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        raise KeyError("two\\n\\n  lines")
+except KeyError:
+    print(traceback.format_exc(), file=sys.stderr)
+print("after", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_worker_processes_show_no_traces(shown, monkeypatch, capfd):
+    monkeypatch.setenv(worker_errors.TRACE_VARIABLE, "1" if shown else "")
+    before = set(threading.enumerate())
+    process = local._QUIET.Popen([sys.executable, "-c", WORKER])
+    passing = set(threading.enumerate()) - before
+    assert process.wait() == 0
+    for thread in passing:
+        thread.join()
+    said = capfd.readouterr().err
+    assert "before" in said
+    assert "after" in said
+    assert ("Traceback" in said) == ("Error" in said) == ("lines" in said) == shown

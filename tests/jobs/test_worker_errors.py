@@ -66,6 +66,34 @@ def test_another_error_is_said_with_its_step():
     assert "TRACIN_TRACE=1" in said
 
 
+class LostConnection(Exception):
+    """As gRPC's."""
+
+    def __str__(self):
+        return (
+            "<_MultiThreadedRendezvous of RPC that terminated with:\n\tstatus = "
+            'StatusCode.UNAVAILABLE\n\tdetails = "Socket closed"\n\tdebug = "..."\n>'
+        )
+
+
+def test_a_runner_that_is_gone_is_said():
+    said = str(worker_errors.of(LostConnection()))
+    assert "the runner cannot be reached any more (UNAVAILABLE: Socket closed)" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(("name", "shown"), [("apache_beam/x.py", False), ("mine.py", True)])
+def test_only_traces_of_beams_threads_are_not_shown(name, shown, monkeypatch):
+    caught = []
+    monkeypatch.setattr(threading, "excepthook", caught.append)
+    with worker_errors.without_traces():
+        thread = threading.Thread(target=exec, args=[compile("1 / 0", name, "exec")])
+        thread.start()
+        thread.join()
+    assert len(caught) == shown
+    assert threading.excepthook == caught.append
+
+
 def test_memory_that_does_not_suffice_is_said():
     text = trace_of(MemoryError("Unable to allocate 8 GiB"))
     assert "smaller --batch_size" in str(worker_errors.of(RuntimeError(text)))

@@ -7,9 +7,11 @@ changes them, so they are set in Beam's modules.
 
 import contextlib
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import apache_beam as beam
 import apache_beam.pipeline as pipeline_module
@@ -28,7 +30,8 @@ from apache_beam.runners.portability import (
 from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from apache_beam.runners.worker import worker_pool_main
 
-from tracin_beam.errors import InputError
+from tracin_beam.errors import MARK, InputError
+from tracin_beam.jobs import worker_errors
 
 # Beam's modules that open a port on every interface.
 _SERVERS = (worker_handlers, local_job_service, abstract_job_service, worker_pool_main)
@@ -57,6 +60,7 @@ def prepare(options: PipelineOptions) -> None:
                 "output while an element is half written. Leave it out."
             )
     secure()
+    local_job_service.subprocess = _QUIET
 
 
 def secure() -> None:
@@ -108,6 +112,45 @@ class _LoopbackGrpc:
 
 
 _LOOPBACK = _LoopbackGrpc()
+
+
+class _QuietSubprocess:
+    """The module subprocess, but what it starts shows no traces: the job's end is one sentence."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+    def Popen(self, command: str, **kwargs: Any) -> "subprocess.Popen[bytes]":
+        if worker_errors.shows_traces():
+            return subprocess.Popen(command, **kwargs)
+        process: subprocess.Popen[bytes]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, **kwargs)
+        passing = threading.Thread(target=_pass_on, args=[process.stderr], daemon=True)
+        passing.start()
+        return process
+
+
+_QUIET = _QuietSubprocess()
+
+# How a trace goes on after an empty line: another error's, or a message of several lines.
+_GOES_ON = (" ", "The above exception", "During handling of", worker_errors.TRACEBACK, MARK)
+
+
+def _pass_on(stream: IO[bytes]) -> None:
+    """Writes what comes on a stream to stderr, but for traces and empty lines."""
+    in_trace = after_empty_line = False
+    for line in stream:
+        text = line.decode(errors="replace")
+        if not text.strip():
+            after_empty_line = True
+            continue
+        if text.startswith(worker_errors.TRACEBACK):
+            in_trace = True
+        elif after_empty_line and not text.startswith(_GOES_ON):
+            in_trace = False
+        after_empty_line = False
+        if not in_trace:
+            sys.stderr.write(text)
 
 
 def cancel(pipeline: beam.Pipeline, seconds: float = 0.5) -> None:

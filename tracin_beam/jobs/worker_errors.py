@@ -11,6 +11,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -19,7 +21,9 @@ from tracin_beam.errors import MARK, InputError, os_problem
 TRACE_VARIABLE = "TRACIN_TRACE"
 # Where Beam logs errors of workers that are threads of this process.
 _LOGS = ("apache_beam.runners.common", "apache_beam.runners.worker.sdk_worker")
-_TRACEBACK = "Traceback (most recent call last)"
+TRACEBACK = "Traceback (most recent call last)"
+# What gRPC says of a connection to a job server that has ended.
+_LOST = re.compile(r"StatusCode\.(UNAVAILABLE|CANCELLED)\s+details = \"(.*?)\"")
 _LAST_LINE = re.compile(r"^(?:[\w.]+\.)?([A-Z]\w*)(?:: (.*))?$")
 
 
@@ -54,6 +58,11 @@ def unexpected(error: BaseException) -> InputError | Failed:
         for line in (message, str(error)):
             if problem := os_problem(line):
                 return InputError(f"{message}: {problem}")
+    if lost := _LOST.search(str(error)):
+        return Failed(
+            f"the runner cannot be reached any more ({lost[1]}: {lost[2]}). See whether it runs; "
+            "the same command then goes on where the job stopped."
+        )
     where = f" in the step {step}" if step else ""
     advice = (
         "The memory does not suffice: try a smaller --batch_size, --dim or --index_rows."
@@ -69,8 +78,8 @@ def _parts(error: BaseException) -> tuple[str, str, str]:
     """An error's type and message, of the worker's where there is one, and its step."""
     text = str(error)
     kind, message = type(error).__name__, text
-    if _TRACEBACK in text:
-        for line in text.rpartition(_TRACEBACK)[2].splitlines():
+    if TRACEBACK in text:
+        for line in text.rpartition(TRACEBACK)[2].splitlines():
             if found := _LAST_LINE.match(line):
                 kind, message = found[1], found[2] or ""
                 break
@@ -87,13 +96,21 @@ def without_traces() -> Iterator[None]:
         yield
         return
     quiet: Any = _WithoutTraces(sys.stderr)
-    without = WithoutTraces()
+    without, earlier = WithoutTraces(), threading.excepthook
+
+    def of_others(args: threading.ExceptHookArgs) -> None:
+        frames = traceback.extract_tb(args.exc_traceback)
+        if not any("apache_beam" in frame.filename for frame in frames):
+            earlier(args)
+
+    threading.excepthook = of_others
     for name in _LOGS:
         logging.getLogger(name).addFilter(without)
     try:
         with contextlib.redirect_stderr(quiet):
             yield
     finally:
+        threading.excepthook = earlier
         for name in _LOGS:
             logging.getLogger(name).removeFilter(without)
 
@@ -110,7 +127,7 @@ class _WithoutTraces:
 
     def write(self, text: str) -> int:
         end = self._dropped and text == "\n"
-        self._dropped = text.startswith(_TRACEBACK)
+        self._dropped = text.startswith(TRACEBACK)
         return len(text) if self._dropped or end else self._stream.write(text)
 
 
@@ -121,4 +138,4 @@ class WithoutTraces(logging.Filter):
         if shows_traces():
             return True
         message = record.getMessage()
-        return not (record.exc_info or MARK in message or _TRACEBACK in message)
+        return not (record.exc_info or MARK in message or TRACEBACK in message)
