@@ -43,7 +43,7 @@ def test_everything_remote(tmp_path, launch):
             assert content == made[path]
 
 
-def test_resuming_remotely(tmp_path, launch):
+def test_resuming_remotely(tmp_path, launch, capfd):
     tiny = Tiny(tmp_path, launch, prefix=PREFIX).write_all()
     assert tiny.run("influence", index="scann", index_rows=16) == 0
     before = t.snapshot(tiny.out)
@@ -61,6 +61,13 @@ def test_resuming_remotely(tmp_path, launch):
     assert not [path for path in written if path.startswith("index/part-00000")]
     assert tiny.run("influence", index="scann", index_rows=16, seed=3) == 2
     assert t.snapshot(tiny.out) == after
+    # The file system knows that a file has other content, though it is as long as it was.
+    path = tiny.out / "embeddings/train/10/train-0.tfrecord"
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    assert tiny.run("influence", index="scann", index_rows=16) == 0
+    assert "train-0.tfrecord: its content is another" in capfd.readouterr().err
+    assert path.read_bytes() == content
     assert tiny.run("influence", index="scann", index_rows=16, seed=3, overwrite=True) == 0
     tiny.check(tables=["influence"])
 

@@ -16,6 +16,8 @@ import tiny as t
 from kill import KILLED
 from tiny import Tiny, rows
 
+from tracin_beam.jobs import graphs
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("influence", "self_influence")
 # With several groups and parts of the index, and with a test set whose tables have several files.
@@ -336,6 +338,14 @@ def test_damage_is_noticed_and_made_good(made, capfd, harm, names):
     assert "is made again" in said
     assert t.contents(made.out) == expected
     made.check()
+
+
+def test_damage_is_noticed_where_embeddings_are_too_many_to_be_read(made, capfd, monkeypatch):
+    monkeypatch.setattr(graphs, "_READ_AT_MOST", 0)
+    flipped(made.out / EMBEDDING)
+    run_all(made, ["self_influence"])
+    assert "train-3.tfrecord: its content is another" in capfd.readouterr().err
+    made.check(tables=["self_influence"])
 
 
 def test_a_damaged_index_is_made_again(made, capfd):

@@ -14,8 +14,10 @@ from tracin_beam.jobs.run_json import write_run
 from tracin_beam.storage import files, marks, runs
 from tracin_beam.storage.runs import CheckpointFile, Made, Shard, ShardResult
 
-# Bytes of embeddings that are read to see whether they are as they were when nothing is to be done.
+# To see whether embeddings are as they were when nothing is to be done: bytes that are read in any
+# case, and files whose file system is asked for what it knows of their content.
 _READ_AT_MOST = 4 << 30
+_ASKED_AT_MOST = 2_000
 
 
 def embed_stage(pipeline: beam.Pipeline, run: Run) -> beam.PCollection:
@@ -164,24 +166,29 @@ def is_done(job: Job, run: Run) -> bool:
     done = marks.read(mark, run.output.root, fingerprint_of(job, run), wanted)
     if done is None:
         return False
-    if change := _changed_embeddings(run, marks.from_json(done["embeddings"], run.output.root)):
+    made = marks.from_json(done["embeddings"], run.output.root)
+    if change := _changed_embeddings(run, mark, made):
         marks.refuse(mark, change)
         return False
     write_run(run, done["news"])
     return True
 
 
-def _changed_embeddings(run: Run, made: dict[str, files.Stamp]) -> str:
+def _changed_embeddings(run: Run, mark: str, made: dict[str, files.Stamp]) -> str:
     """What is the matter with the first embedding file that is not what it was; "" if none is.
 
     A job that is done reads no embeddings, and later jobs check those that they read. So where
-    there are many files, or far away ones, their sizes are enough.
+    there are many, only those are read that were written to after the job's mark, and in a bucket
+    only as many are asked for as can be in some seconds.
     """
     there = files.under(run.output.path("embeddings"))
     for path, stamp in made.items():
         if there.get(path) != stamp.size:
             size = there.get(path)
             return f"{path}: it has {'no' if size is None else size} bytes of {stamp.size}"
-    near = files.is_local(run.output.root)
-    small = sum(stamp.size for stamp in made.values()) <= _READ_AT_MOST
-    return marks.first_change(made) if near and small else ""
+    if not files.is_local(run.output.root):
+        known = {path: stamp for path, stamp in made.items() if stamp.version}
+        return marks.first_change(known) if len(known) <= _ASKED_AT_MOST else ""
+    if sum(stamp.size for stamp in made.values()) > _READ_AT_MOST:
+        made = {path: made[path] for path in files.written_since(made, mark)}
+    return marks.first_change(made)

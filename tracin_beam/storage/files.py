@@ -223,6 +223,12 @@ def signature(path: str) -> str:
     return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
+def written_since(paths: Iterable[str], other: str) -> list[str]:
+    """Those local files whose content was written to later than another local file's."""
+    since = os.stat(other).st_mtime_ns
+    return [path for path in paths if os.stat(path).st_mtime_ns > since]
+
+
 def _read_crc(path: str) -> Crc:
     crc = Crc()
     with open_read(path) as handle:
