@@ -31,6 +31,7 @@ class Flag:
       embeddings: whether embeddings depend on it, so that it is part of their fingerprint.
       jobs: the only jobs that take it; None for every job.
       remote: regular expression of the values that make sense on Dataflow.
+      repeated: whether it may be given several times, each adding to a tuple of values.
     """
 
     help: str
@@ -42,6 +43,7 @@ class Flag:
     embeddings: bool = False
     jobs: tuple[str, ...] | None = None
     remote: str = ""
+    repeated: bool = False
 
     def known_choices(self) -> tuple[str, ...]:
         """The values that the flag may have; empty where there is no such list."""
@@ -51,8 +53,11 @@ class Flag:
         return tuple(getattr(importlib.import_module(module), name)())
 
     def takes(self, job: str) -> bool:
-        """Whether a job has this flag."""
-        return self.jobs is None or job in self.jobs
+        """Whether a job has this flag; a command `quality apply` has those of `quality` too.
+
+        So that one --config file serves all of them.
+        """
+        return self.jobs is None or job in self.jobs or job.partition(" ")[0] in self.jobs
 
     def problem(self, value: Any) -> str:
         """What is wrong with a value, to be read after `--name=value`; empty if nothing is."""
@@ -99,6 +104,14 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not numbers or not all(map(math.isfinite, numbers)):
         raise ValueError(f"give a number, or some with commas, not {text!r}")
     return numbers
+
+
+def _conditions(text: str) -> tuple[str, ...]:
+    """Conditions with commas between them, as no condition has one in it."""
+    conditions = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not conditions:
+        raise ValueError("give a condition such as new_suspects > 100")
+    return conditions
 
 
 def _dim(text: str) -> int | str:
@@ -277,6 +290,22 @@ class Config:
     )
     json: bool = _flag(False, "Print the plan as JSON.", bool, jobs=("plan",))
 
+    warn_if: tuple[str, ...] | None = _flag(
+        None,
+        "Condition on the night's metrics that is a warning, instead of the usual ones; may be "
+        "given several times.",
+        _conditions,
+        jobs=("quality",),
+        repeated=True,
+    )
+    error_if: tuple[str, ...] | None = _flag(
+        None,
+        "Condition that ends the command with exit status 3, once all is written; may be given "
+        "several times.",
+        _conditions,
+        jobs=("quality",),
+        repeated=True,
+    )
     to: str = _flag(
         "",
         "Folder for the cleaned shards, which --train never names.",

@@ -310,3 +310,19 @@ def test_help_and_flag_errors_do_not_wait_for_tensorflow(job, argv, status, says
     assert done.returncode == status, done.stderr
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_conditions_may_be_given_several_times_and_the_command_line_wins(tmp_path):
+    job = dataclasses.replace(JOBS["embed"], name="quality", needs=())
+    file = tmp_path / "night.yaml"
+    file.write_text("warn_if:\n  - suspects > 1\n  - accuracy < 0.5\nerror_if: new_suspects > 3\n")
+    parsed, _ = options.parse([f"--config={file}"], job)
+    assert parsed.warn_if == ("suspects > 1", "accuracy < 0.5")
+    assert parsed.error_if == ("new_suspects > 3",)
+    given = ["--warn_if=a > 1", "--warn_if", "b > 2, c > 3"]
+    parsed, _ = options.parse([f"--config={file}", *given], job)
+    assert parsed.warn_if == ("a > 1", "b > 2", "c > 3")
+    assert parsed.error_if == ("new_suspects > 3",)
+    assert options.parse([], job)[0].warn_if is None
+    with pytest.raises(InputError, match="--error_if: give a condition"):
+        options.parse(["--error_if= ,"], job)

@@ -50,7 +50,20 @@ def add_flag(group: Any, name: str, flag: Flag) -> None:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    group.add_argument(f"--{name}", default=config_flags.default(name), type=read, help=about)
+    group.add_argument(
+        f"--{name}",
+        default=config_flags.default(name),
+        type=read,
+        help=about,
+        action=_Joined if flag.repeated else "store",
+    )
+
+
+class _Joined(argparse.Action):
+    """Puts the tuples of a flag that is given several times together."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), *values))
 
 
 def flag_help(name: str, flag: Flag) -> str:
@@ -95,7 +108,10 @@ def parse(argv: Sequence[str], job: Job, prog: str = "") -> tuple[Config, Pipeli
     """
     parser = _parser(prog, job.name)
     first, _ = parser.parse_known_args(argv)
-    merged = [*_from_file(first.config, job.name), *argv] if first.config else list(argv)
+    merged = list(argv)
+    if first.config:
+        written = _from_file(first.config, job.name)
+        merged = [*(word for word in written if not _is_replaced(word, first)), *argv]
     known, rest = parser.parse_known_args(merged)
     ours = [name for name, flag in config_flags.flags().items() if flag.takes(job.name)]
     values = {name: getattr(known, name) for name in ours}
@@ -119,6 +135,13 @@ def parse(argv: Sequence[str], job: Job, prog: str = "") -> tuple[Config, Pipeli
     return config, beam_options
 
 
+def _is_replaced(word: str, given: argparse.Namespace) -> bool:
+    """Whether a word of the --config file is of a repeatable flag that the command line gives."""
+    name = word.removeprefix("--").partition("=")[0]
+    flag = config_flags.flags().get(name)
+    return bool(flag and flag.repeated and getattr(given, name, None))
+
+
 class _FlagParser(argparse.ArgumentParser):
     """Raises an `InputError` where argparse would print the usage and exit."""
 
@@ -133,7 +156,8 @@ def _parser(prog: str, job: str) -> argparse.ArgumentParser:
         epilog="Every other flag is Beam's: --runner=DataflowRunner --project=… and so on.",
     )
     parser.add_argument("--config", help="YAML file of flags; those on the command line win.")
-    own = {name: flag for name, flag in config_flags.flags().items() if job in (flag.jobs or ())}
+    every = config_flags.flags()
+    own = {name: flag for name, flag in every.items() if flag.jobs and flag.takes(job)}
     if own:
         group = parser.add_argument_group("of this command alone")
         for name, flag in own.items():
