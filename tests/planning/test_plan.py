@@ -10,7 +10,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.jobs import options
 from tracin_beam.jobs.registry import JOBS
 from tracin_beam.planning import plan
-from tracin_beam.planning.plan import Data, Job, Speed
+from tracin_beam.planning.plan import Data, Job, Slow, Speed
 from tracin_beam.scoring import cost
 
 SPEED = Speed(
@@ -262,6 +262,29 @@ def test_the_plan_as_text(problem, capsys, monkeypatch):
     said = capsys.readouterr().out
     for words in ("test: 8 examples in 2 shards", "256 is the smallest with 0.99", "1 worker(s)"):
         assert words in said
+
+
+LOOP = """
+class Dense(keras.layers.Dense):
+    def call(self, x):
+        def step(i, y):
+            return i + 1, y + keras.ops.matmul(x, self.kernel) + self.bias
+
+        return tf.while_loop(lambda i, y: i < 1, step, (0, tf.zeros([tf.shape(x)[0], 3])))[1]
+
+def build_model"""
+
+
+def test_weights_without_a_rule_are_named(tmp_path, launch, capsys):
+    tiny = Tiny(tmp_path, launch).write_all(1, 1)
+    task = t.TASK.replace("def build_model", LOOP.strip("\n"))
+    task = task.replace("keras.layers.Dense(3", "Dense(3")
+    (tiny.folder / "task.py").write_text(task)
+    found = planned(tiny, capsys, output=None, test=None)["speed"]["slow"]
+    assert found["weights"] == ["scores/kernel", "scores/bias"]
+    assert (found["total"], found["layers"]) == (2, ["scores"])
+    said = str(Slow(("scores/kernel", "scores/bias"), 2, ("scores",), found["factor"]))
+    assert f"{found['factor']:.1f} times as long" in said
 
 
 def test_what_the_run_would_trip_over_the_plan_says(problem, capsys):
