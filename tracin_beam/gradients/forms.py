@@ -211,8 +211,13 @@ def squared_norm(form: Form) -> tf.Tensor:
                 gram = tf.matmul(left, left, transpose_b=True)
                 return tf.reduce_sum(gram * tf.matmul(right, right, transpose_b=True), axis=[1, 2])
             return _sum_squares(tf.matmul(left, right, transpose_a=True))
-        case Windowed(_, right, _):
-            return _sum_squares(materialise(form, [form.rows, right.shape[-1]]))
+        case Windowed(x, right, window):
+            if _gram_is_cheaper(form):
+                gram = _gram_of_patches(x, window)
+                return tf.reduce_sum(gram * tf.matmul(right, right, transpose_b=True), axis=[1, 2])
+            parts = slices(x, window)
+            products = [tf.matmul(part, right, transpose_a=True) for part in parts]
+            return tf.add_n([_sum_squares(product) for product in products])
         case Rows(ids, rows):
             same = tf.cast(ids[:, :, None] == ids[:, None, :], rows.dtype)
             return tf.reduce_sum(same * tf.matmul(rows, rows, transpose_b=True), axis=[1, 2])
@@ -380,11 +385,29 @@ def slices(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
         else:
             raise NotImplementedError(f"padding={window.padding}")
         counts.append(count)
-    padded = tf.pad(x, [[0, 0], *paddings, [0, 0]])
     positions = math.prod(counts) if all(isinstance(n, int) for n in counts) else -1
+    stride = window.strides[0]
+    phases = rank < 3 and stride > 1 and set(window.strides) == {stride} and positions > 0
+    if phases:
+        # Slices with strides take several times as long as those without.
+        for i in range(rank):
+            paddings[i][1] += -(x.shape[1 + i] + sum(paddings[i])) % stride
+    padded = tf.pad(x, [[0, 0], *paddings, [0, 0]])
+    if phases:
+        padded = _phases(padded, stride)
+    channels = x.shape[-1]
     parts = []
     for offsets in itertools.product(*map(range, window.size)):
         begins = [o * d for o, d in zip(offsets, window.dilations, strict=True)]
+        if phases:
+            phase = 0
+            for begin in begins:
+                phase = phase * stride + begin % stride
+            firsts = [begin // stride for begin in begins]
+            own = [slice(f, f + count) for f, count in zip(firsts, counts, strict=True)]
+            part = padded[(slice(None), *own, slice(phase * channels, (phase + 1) * channels))]
+            parts.append(tf.reshape(part, [x.shape[0], positions, channels]))
+            continue
         places = [
             slice(begin, begin + (count - 1) * stride + 1, stride)
             for begin, count, stride in zip(begins, counts, window.strides, strict=True)
@@ -392,6 +415,13 @@ def slices(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
         part = padded[(slice(None), *places)]
         parts.append(tf.reshape(part, [x.shape[0], positions, x.shape[-1]]))
     return parts
+
+
+def _phases(x: tf.Tensor, stride: int) -> tf.Tensor:
+    """Positions that are a stride apart next to one another, the others as further channels."""
+    if x.shape.rank == 4:
+        return tf.nn.space_to_depth(x, stride)
+    return tf.reshape(x, [-1, x.shape[1] // stride, stride * x.shape[2]])
 
 
 def depthwise(x: tf.Tensor, right: tf.Tensor, window: Window, multiplier: int) -> tf.Tensor:
@@ -459,8 +489,15 @@ def _sum_squares(x: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.square(x), axis=list(range(1, x.shape.rank)))
 
 
-def _gram_is_cheaper(form: Outer) -> bool:
+def _gram_is_cheaper(form: Outer | Windowed) -> bool:
     # A number of positions that is only known when the data is there is taken as 128.
-    positions = form.left.shape[1] or 128
-    m, n = form.left.shape[2], form.right.shape[2]
+    positions = form.right.shape[1] or 128
+    m = form.rows if isinstance(form, Windowed) else form.left.shape[2]
+    n = form.right.shape[2]
     return bool(positions * (m + n) <= m * n)
+
+
+def _gram_of_patches(x: tf.Tensor, window: Window) -> tf.Tensor:
+    """Inner products of what the output positions see: float32 [B, P, P]."""
+    patches = tf.concat(slices(x, window), axis=2)
+    return tf.matmul(patches, patches, transpose_b=True)

@@ -120,6 +120,10 @@ def _key(seed: int, spec: WeightSpec, role: str) -> bytes:
     return f"{seed}\0{spec.path}\0{shape}\0{role}".encode()
 
 
+# Into so many stretches at most a gradient is cut, to be added up as they are.
+_MOST_TURNS = 16
+
+
 @projection("countsketch")
 class CountSketch:
     """CountSketch, and TensorSketch where the gradient is an outer product.
@@ -288,11 +292,41 @@ class CountSketch:
             return tf.roll(value, matrix.offset, axis=1)
         signs = np.outer(matrix.row_signs, matrix.column_signs).reshape(-1)
         value = forms.materialise(form, spec.shape) * signs
+        turned = self._turned(value, matrix)
+        if turned is not None:
+            return turned
         places = matrix.row_places[:, None] + matrix.column_places[None, :]
         summed = tf.math.unsorted_segment_sum(
             tf.transpose(value), places.reshape(-1) % self.dim, self.dim
         )
         return tf.transpose(summed)
+
+    def _turned(self, value: tf.Tensor, matrix: "_Matrix") -> tf.Tensor | None:
+        """Sums [B, m·n] at their places by turning whole stretches, without a scatter.
+
+        The narrower side's entries are q places apart. So q numbers of the wider side at a time
+        lie, with all of the narrower, in places of their own. None where there are too many turns.
+        """
+        m, n = matrix.m, matrix.n
+        wide, narrow = max(m, n), min(m, n)
+        step = matrix.column_step if m >= n else matrix.row_step
+        turns = -(-wide // step)
+        if narrow * step > self.dim or turns > _MOST_TURNS:
+            return None
+        value = tf.reshape(value, [-1, m, n])
+        spare = turns * step - wide
+        if m >= n:
+            value = tf.pad(value, [[0, 0], [0, spare], [0, 0]])
+            value = tf.transpose(tf.reshape(value, [-1, turns, step, n]), [0, 1, 3, 2])
+        else:
+            value = tf.pad(value, [[0, 0], [0, 0], [0, spare]])
+            value = tf.transpose(tf.reshape(value, [-1, m, turns, step]), [0, 2, 1, 3])
+        value = tf.reshape(value, [-1, turns, narrow * step])
+        value = tf.pad(value, [[0, 0], [0, 0], [0, self.dim - narrow * step]])
+        stretches = tf.unstack(value, axis=1)
+        return tf.add_n(
+            [tf.roll(x, (matrix.offset + i * step) % self.dim, 1) for i, x in enumerate(stretches)]
+        )
 
     def _rows(
         self, spec: WeightSpec, form: Rows, shape: tuple[int, int] | None = None
