@@ -215,8 +215,8 @@ def squared_norm(form: Form) -> tf.Tensor:
             if _gram_is_cheaper(form):
                 gram = _gram_of_patches(x, window)
                 return tf.reduce_sum(gram * tf.matmul(right, right, transpose_b=True), axis=[1, 2])
-            parts = slices(x, window)
-            products = [tf.matmul(part, right, transpose_a=True) for part in parts]
+            seen = slices(x, window)
+            products = [tf.matmul(part, right, transpose_a=True) for part in seen]
             return tf.add_n([_sum_squares(product) for product in products])
         case Rows(ids, rows):
             same = tf.cast(ids[:, :, None] == ids[:, None, :], rows.dtype)
