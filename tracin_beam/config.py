@@ -182,6 +182,20 @@ class Config:
         _whole,
         at_least=0,
     )
+    preconditioner: str = _flag(
+        "none",
+        "What the query is multiplied by: none is TracInCP; projected, the inverse second moments "
+        "of the training embeddings; kfac, K-FAC's inverse of whole gradients, for predicting what "
+        "retraining would do.",
+        choices="tracin_beam.scoring.methods:preconditioners",
+    )
+    damping: float = _flag(
+        1.0,
+        "For --preconditioner: what is added to the second moments, in multiples of their mean "
+        "eigenvalue.",
+        _number,
+        between=(0, math.inf),
+    )
     layers: str = _flag(
         "all",
         "Weights that count: all, last (layer), or a regular expression searched for in their "

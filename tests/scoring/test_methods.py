@@ -56,7 +56,7 @@ def test_a_method_may_transform_the_query(parts, monkeypatch):
         def of_embeddings(self, checkpoint, embedding):
             return (embedding @ transforms[checkpoint].T).astype(np.float32)
 
-    assert methods.names() == ["TracInCP", "preconditioned"]
+    assert {"TracInCP", "preconditioned"} <= set(methods.names())
     score = methods.make("preconditioned", RATES)
     expected = looped(train, test, transforms)
     found = score.estimates(score.queries(np.hstack(test)), np.hstack(train))

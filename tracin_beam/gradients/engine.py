@@ -148,12 +148,15 @@ class Queries:
 
     Attributes:
       size: how many there are.
-      gradients: flat list of the tensors of their forms.
+      gradients: flat list of the tensors of their forms; or where they are written out, of every
+        weight float32 [size, N].
+      written_out: whether they are.
       groups: instead of these, where queries of one length go together: places, and their queries.
     """
 
     size: int
-    gradients: list[tf.Tensor]
+    gradients: list[Any]
+    written_out: bool = False
     groups: "tuple[tuple[np.ndarray, Queries], ...]" = ()
 
 
@@ -394,13 +397,33 @@ class Engine:
             return Embedded(*parts[0])
         return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
-    def queries(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> Queries:
-        """Gradients of at most batch_size examples, for `scores`."""
+    def queries(
+        self,
+        values: list[tf.Tensor],
+        batch: Batch,
+        target: str = "loss",
+        written_out: bool = False,
+    ) -> Queries:
+        """Gradients of at most batch_size examples, for `scores`.
+
+        Args:
+          values: a checkpoint's.
+          batch: examples.
+          target: what is differentiated.
+          written_out: whether to write them out, so that they can be transformed; takes the memory
+            of as many gradients as there are examples.
+        """
+        if written_out:
+            parts = list(self._whole_gradients(values, batch, target))
+            order = np.argsort(np.concatenate([places for places, _ in parts]))
+            columns = zip(*(rows for _, rows in parts), strict=True)
+            whole = [np.concatenate(column)[order] for column in columns]
+            return Queries(batch.size, whole, written_out=True)
         if batch.size > self.batch_size:
             raise ValueError(f"{batch.size} queries; at most {self.batch_size} at a time")
         if groups := self._groups(batch):
             found = [(i, self.queries(values, part, target)) for i, part in groups]
-            return Queries(batch.size, [], tuple(found))
+            return Queries(batch.size, [], groups=tuple(found))
         function = self._function("queries", target)
         gradients = list(_run(function, values, self._padded(batch)))
         if batch.size <= _FEW < self._width:
@@ -427,15 +450,41 @@ class Engine:
         if queries.groups:
             columns = [(i, self.scores(values, batch, q, target).T) for i, q in queries.groups]
             return _in_places(columns, queries.size).T
-        few = queries.size <= _FEW < self._width
-        function = self._function("few scores" if few else "scores", target)
+        if queries.written_out:
+            function = self._function("scores of written out", "loss")
+            gradients = [tf.convert_to_tensor(x, tf.float32) for x in queries.gradients]
+        else:
+            few = queries.size <= _FEW < self._width
+            function = self._function("few scores" if few else "scores", target)
+            gradients = queries.gradients
         parts = [
-            _run(function, values, self._padded(part), queries.gradients).numpy()[
+            _run(function, values, self._padded(part), gradients).numpy()[
                 : part.size, : queries.size
             ]
             for part in self._parts(batch)
         ]
         return np.concatenate(parts)
+
+    def moments(self, values: list[tf.Tensor], batch: Batch, widest: int) -> dict[str, np.ndarray]:
+        """Sums over a batch of any size of the second moments that K-FAC takes of every weight.
+
+        Args:
+          values: a checkpoint's.
+          batch: examples.
+          widest: the widest side of a weight that has all second moments; others have squares.
+
+        Returns:
+          float64 arrays by "<i>/A" and "<i>/B", or "<i>/diagonal", for the i-th weight; see
+          `forms.moments`.
+        """
+        together = [part for _, part in self._groups(batch)] or [batch]
+        function = self._function(f"moments {widest}", "loss")
+        found: dict[str, np.ndarray] = {}
+        for part in (some for group in together for some in self._parts(group)):
+            counted = tf.constant(np.arange(self._width) < part.size, tf.float32)
+            for name, value in _run(function, values, self._padded(part), counted).items():
+                found[name] = found.get(name, 0.0) + value.numpy().astype(np.float64)
+        return found
 
     def summed(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> np.ndarray:
         """Σ ∇t(w, z') over a batch of any size: float64 [N], the weights one after the other."""
@@ -563,11 +612,11 @@ class Engine:
         return [v for v in traced.graph.variables if id(v) not in own]
 
     def _whole_gradients(
-        self, values: list[tf.Tensor], batch: Batch
+        self, values: list[tf.Tensor], batch: Batch, target: str = "loss"
     ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         """Places in the batch, and their gradients of every weight: float32 [n, N] each."""
         together = self._groups(batch) or [(np.arange(batch.size), batch)]
-        function = self._function("whole", "loss")
+        function = self._function("whole", target)
         for places, part in together:
             for start in range(0, part.size, self._checked):
                 some = part.take(range(start, min(start + self._checked, part.size)))
@@ -713,11 +762,17 @@ class Engine:
             "scores": self._scores,
             "summed": self._summed,
             "products": self._products,
+            "scores of written out": self._scores_of_written_out,
         }
         if kind in ("scores", "few scores"):
             count = _FEW if kind == "few scores" else self._width
             specs = self._query_specs()
             signature.append([tf.TensorSpec([count, *x.shape[1:]], x.dtype) for x in specs])
+        elif kind == "scores of written out":
+            signature.append([tf.TensorSpec([None, spec.size], tf.float32) for spec in self.specs])
+        elif kind.startswith("moments"):
+            bodies[kind] = functools.partial(self._moments, int(kind.split()[1]))
+            signature.append(tf.TensorSpec([self._width], tf.float32))
         elif kind == "summed":
             signature.append(tf.TensorSpec([self._width], tf.float32))
         elif kind == "products":
@@ -889,6 +944,33 @@ class Engine:
         others = tf.nest.pack_sequence_as(self._dots(), list(queries))
         own = self._ready(self._gradients("loss", values, flat))
         return tf.add_n([forms.dot(form, others[i]) for i, form in own.items()])
+
+    def _scores_of_written_out(
+        self,
+        target: str,
+        values: Sequence[tf.Tensor],
+        flat: Sequence[tf.Tensor],
+        queries: Sequence[tf.Tensor],
+    ) -> tf.Tensor:
+        own = self._gradients(target, values, flat).gradients
+        return tf.add_n(
+            [forms.dot_written(x, queries[i], self.specs[i].shape) for i, x in own.items()]
+        )
+
+    def _moments(
+        self,
+        widest: int,
+        target: str,
+        values: Sequence[tf.Tensor],
+        flat: Sequence[tf.Tensor],
+        counted: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        own = self._gradients(target, values, flat).gradients
+        return {
+            f"{i}/{name}": x
+            for i, form in own.items()
+            for name, x in forms.moments(form, counted, self.specs[i].shape, widest).items()
+        }
 
 
 def _in_places(parts: Sequence[tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:

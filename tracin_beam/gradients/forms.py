@@ -292,6 +292,87 @@ def dot(left: Form, right: Form) -> tf.Tensor:
     raise TypeError(f"no inner product of {type(left).__name__} and {type(right).__name__}")
 
 
+def dot_written(form: Form, queries: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """⟨G_b, H_q⟩ for every pair of an example and a written out query: float32 [B, Q].
+
+    Args:
+      form: of B examples.
+      queries: float32 [Q, N].
+      shape: of the weight whose gradients these are.
+    """
+    ready = for_dot(form, shape)
+    match ready:
+        case Full(value):
+            return tf.matmul(value, queries, transpose_b=True)
+        case Outer(left, right):  # of one position
+            matrices = tf.reshape(queries, [-1, left.shape[-1], right.shape[-1]])
+            return tf.einsum("bm,qmn,bn->bq", left[:, 0], matrices, right[:, 0])
+        case _:
+            by_query = tf.map_fn(
+                lambda query: dot_vector(ready, query, shape), queries, parallel_iterations=2
+            )
+            return tf.transpose(by_query)
+
+
+def moments(
+    form: Form, counted: tf.Tensor, shape: Sequence[int], widest: int
+) -> dict[str, tf.Tensor]:
+    """Sums over a batch of the second moments that K-FAC takes of a weight's gradient.
+
+    For G_b = Σ_p left[b, p] ⊗ right[b, p] with P positions they are A = Σ_b Σ_p left leftᵀ and
+    B = Σ_b (1/P) Σ_p right rightᵀ, so that A ⊗ B is the second moment of G_b where positions are
+    alike and their output gradients uncorrelated (Grosse and Martens 2016, KFC, theorem 1; "expand"
+    of Eschenhagen et al. 2023). With one position it is K-FAC as Martens and Grosse 2015 have it.
+    Of any other form they are the squares of the gradient's entries.
+
+    Args:
+      form: of B examples.
+      counted: float32 [B], 1 for an example that counts and 0 for padding.
+      shape: of the weight.
+      widest: the widest side whose second moments are taken; of a wider one its squares.
+
+    Returns:
+      "A" [m, m] or [m] and "B" [n, n] or [n], or "diagonal" [N]: float32.
+    """
+
+    def moment(x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        flat = tf.reshape(x * weights, [-1, x.shape[-1]])
+        if x.shape[-1] > widest:
+            return tf.reduce_sum(tf.square(flat), axis=0)
+        return tf.matmul(flat, flat, transpose_a=True)
+
+    match form:
+        case Outer(left, right):
+            root = tf.sqrt(counted)[:, None, None]
+            positions = tf.cast(tf.shape(right)[1], tf.float32)
+            return {"A": moment(left, root), "B": moment(right, root / tf.sqrt(positions))}
+        case Windowed(x, right, window):
+            root = tf.sqrt(counted)[:, None, None]
+            positions = tf.cast(tf.shape(right)[1], tf.float32)
+            size = form.rows
+
+            def with_next(total: tf.Tensor, one: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+                # Patches are as many times the input as a window has positions: never all at once.
+                patches = tf.concat(slices(one[0][None], window), axis=-1)
+                return total + moment(patches, one[1])
+
+            zeros = tf.zeros([size] if size > widest else [size, size])
+            left = tf.foldl(with_next, (x, root), initializer=zeros)
+            return {"A": left, "B": moment(right, root / tf.sqrt(positions))}
+        case Rows(ids, rows):
+            examples = tf.range(tf.shape(ids, out_type=tf.int64)[0])[:, None]
+            places = tf.cast(ids, tf.int64) + examples * shape[0]
+            unique, place = tf.unique(tf.reshape(places, [-1]))
+            weighted = tf.reshape(rows * counted[:, None, None], [-1, rows.shape[-1]])
+            # An example may look a row up several times: its gradient is the sum.
+            each = tf.math.unsorted_segment_sum(weighted, place, tf.size(unique))
+            squares = tf.math.unsorted_segment_sum(tf.square(each), unique % shape[0], shape[0])
+            return {"diagonal": tf.reshape(squares, [-1])}
+        case _:
+            squares = tf.square(materialise(form, shape))
+            return {"diagonal": tf.linalg.matvec(squares, counted, transpose_a=True)}
+
+
 def total(form: Form, weights: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     """Σ_b weights[b] G_b, flattened: float32 [N].
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import apache_beam as beam
 
+from tracin_beam.errors import InputError
 from tracin_beam.jobs import graphs
 from tracin_beam.jobs.parts import Parts
 from tracin_beam.jobs.preflight import Run
@@ -16,6 +17,8 @@ from tracin_beam.storage.runs import TRAIN
 
 _log = logging.getLogger(__name__)
 
+# Of queries' written out gradients that are held together.
+_QUERY_BYTES = 256 << 20
 # Test examples that the terminal shows.
 _SHOWN = 5
 
@@ -23,7 +26,8 @@ _SHOWN = 5
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
     """Embeds, searches candidates, scores them exactly and states the recall."""
     from tracin_beam.planning import retrieval
-    from tracin_beam.scoring import methods
+    from tracin_beam.scoring import curvature, methods
+    from tracin_beam.stages.distinct import Distinct
     from tracin_beam.stages.influence import Influence
     from tracin_beam.stages.joining import Join
     from tracin_beam.stages.retrieval import Retrieval
@@ -46,18 +50,29 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
         run.checkpoints,
         run.source,
         run.shard_fingerprints,
-        methods.DEFAULT,
+        methods.of_preconditioner(config.preconditioner),
         numbers,
         engine.batch_size,
+        config.damping,
     )
+    if join.score.preconditioner != "none" and engine.dim > curvature.LONGEST:
+        raise InputError(
+            f"--preconditioner={config.preconditioner} takes embeddings of at most "
+            f"{curvature.LONGEST} numbers, of which it inverts the second moments; they have "
+            f"{engine.dim}: give a smaller --dim."
+        )
+    if join.score.written_out:
+        size = 4 * sum(spec.size for spec in engine.specs)
+        join = dataclasses.replace(join, block=max(1, min(join.block, _QUERY_BYTES // size)))
     joined = {"train": train, "tests": tests} | "Join" >> Influence(
         join, choice.index, config.index_rows, config.top_k, config.rescore, config.recall_queries
     )
     found = {}
     if config.recall_queries:
         found["retrieval"] = joined | "Retrieval" >> Retrieval(
-            join, config.top_k, config.rescore > 0
+            join, config.top_k, config.rescore > 0 or join.score.on_embeddings
         )
+    found["distinct"] = joined["best"] | "Distinct" >> beam.CombineGlobally(Distinct())
     totals = {"train": train, "tests": tests} | "Total" >> (
         TotalInfluence(join) if config.total else KeptTotals(join)
     )
@@ -69,6 +84,8 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
 def _made_by(run: Run) -> list[object]:
     config = run.config
     return [
+        config.preconditioner,
+        config.damping,
         config.top_k,
         config.rescore,
         config.index_rows,

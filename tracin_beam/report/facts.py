@@ -19,7 +19,19 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("Checkpoints", checkpoints))
     if projection := _projection(_dict(run, "config")):
         facts.append(("Projection", projection))
+    if distinct := _distinct(_dict(run, "distinct")):
+        facts.append(("Distinct examples", distinct))
     return facts + _retrieval(_dict(run, "retrieval"))
+
+
+def _distinct(distinct: Mapping[str, Any]) -> str:
+    """How many different training examples the top tens have, by role."""
+    parts = [
+        f"{role} {found['examples']:,} in {found['slots']:,} top 10 slots ({found['share']:.0%})"
+        for role, found in distinct.items()
+        if isinstance(found, Mapping) and found.get("share") is not None
+    ]
+    return ", ".join(parts)
 
 
 def _dict(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -9,10 +9,13 @@ What retrieves takes g_c = S ∇ℓ(w_c, ·), the embeddings; what scores exactl
 As T_c stands on the query alone, the embeddings of the training set serve every method.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+from tracin_beam.scoring.curvature import Curvature
 
 if TYPE_CHECKING:
     from tracin_beam.gradients.engine import Queries
@@ -38,9 +41,29 @@ def names() -> list[str]:
     return sorted(_METHODS)
 
 
-def make(name: str, learning_rates: Sequence[float]) -> "Score":
-    """A method's score, for checkpoints with these learning rates."""
-    return _METHODS[name](learning_rates)
+def make(
+    name: str,
+    learning_rates: Sequence[float],
+    curvature: Callable[[int], Curvature] | None = None,
+) -> "Score":
+    """A method's score, for checkpoints with these learning rates.
+
+    Args:
+      name: of the method.
+      learning_rates: in checkpoint order.
+      curvature: what a preconditioned score needs to know of the checkpoint of a place.
+    """
+    return _METHODS[name](learning_rates, curvature)
+
+
+def of_preconditioner(preconditioner: str) -> str:
+    """The method that --preconditioner stands for."""
+    return next(name for name in names() if _METHODS[name].preconditioner == preconditioner)
+
+
+def preconditioners() -> tuple[str, ...]:
+    """The values of --preconditioner."""
+    return tuple(dict.fromkeys(method.preconditioner for method in _METHODS.values()))
 
 
 class Score:
@@ -48,12 +71,26 @@ class Score:
 
     Attributes:
       name: of the method.
+      preconditioner: the value of the flag that stands for it.
+      on_embeddings: whether the score is defined on embeddings, so that their inner product is
+        exact and gradients are never asked for.
+      written_out: whether queries' gradients must be written out to be transformed.
+      more: times as many candidates are scored exactly as --rescore says.
       weights: float64 [C], in checkpoint order.
     """
 
     name: str
+    preconditioner = "none"
+    on_embeddings = False
+    written_out = False
+    more = 1
 
-    def __init__(self, learning_rates: Sequence[float]) -> None:
+    def __init__(
+        self,
+        learning_rates: Sequence[float],
+        curvature: Callable[[int], Curvature] | None = None,
+    ) -> None:
+        self._curvature = curvature
         self.weights = self.weigh(np.asarray(learning_rates, np.float64))
 
     def weigh(self, learning_rates: np.ndarray) -> np.ndarray:
@@ -119,7 +156,7 @@ class Score:
     def _transformed(self, rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
         parts = np.split(rows, len(scales), axis=1)
         scaled = [
-            rows.dtype.type(scale) * self.of_embeddings(c, part)
+            (scale * self.of_embeddings(c, part)).astype(rows.dtype)
             for c, (scale, part) in enumerate(zip(scales, parts, strict=True))
         ]
         return np.concatenate(scaled, axis=1)
@@ -137,5 +174,45 @@ class TracInCP(Score):
         return learning_rates
 
 
-# What a run takes.
+@method("TracInCP, preconditioned in the projection")
+class Projected(TracInCP):
+    """Σ_c η_c s_c(z)ᵀ (R_c + λ_c I)⁻¹ s_c(z'), s_c = S ∇ℓ(w_c, ·), R_c = (1/n) Σ_z s_c(z) s_c(z)ᵀ.
+
+    λ_c = κ tr(R_c) / D. R_c is the projection of the empirical Fisher matrix, so that a term is
+    that of an influence function (Koh and Liang 2017, equation 2) in the projection, up to a
+    constant. The score is defined on embeddings: their products are its exact values.
+    """
+
+    preconditioner = "projected"
+    on_embeddings = True
+
+    def of_embeddings(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
+        return self._of(checkpoint).solve(embedding)
+
+    def _of(self, checkpoint: int) -> Curvature:
+        if self._curvature is None:
+            raise ValueError(f"{self.name} needs the curvature")
+        return self._curvature(checkpoint)
+
+
+@method("TracInCP, preconditioned by K-FAC")
+class KFac(Projected):
+    """Σ_c η_c ∇ℓ(w_c, z) · (A_c ⊗ B_c + λ_c I)⁻¹ ∇ℓ(w_c, z') by weight, of whole gradients.
+
+    Martens and Grosse: Optimizing Neural Networks with Kronecker-factored Approximate Curvature,
+    2015; Grosse et al.: Studying Large Language Model Generalization with Influence Functions,
+    2023. Candidates come from `Projected`'s rows; see `curvature.Kronecker` for the factors.
+    """
+
+    preconditioner = "kfac"
+    on_embeddings = False
+    written_out = True
+    more = 10
+
+    def of_gradients(self, checkpoint: int, gradients: "Queries") -> "Queries":
+        transformed = self._of(checkpoint).precondition(gradients.gradients)
+        return dataclasses.replace(gradients, gradients=transformed)
+
+
+# What a run takes where it says nothing.
 DEFAULT = TracInCP.name

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from tracin_beam.scoring import cost, topk
 from tracin_beam.scoring.topk import ROLES
-from tracin_beam.stages import index, joining
+from tracin_beam.stages import curvature, index, joining
 from tracin_beam.stages.index import Piece
 from tracin_beam.stages.joining import Census, Join, TableFile
 from tracin_beam.stages.rescore import Rescore, all_places, places_by_group
@@ -210,7 +210,10 @@ class Influence(beam.PTransform):
     recall_queries: int
 
     def expand(self, inputs: Mapping[str, beam.PCollection]) -> dict[str, beam.PCollection]:
-        join, count = self.join, self.rescore or self.top_k
+        join, count = self.join, self.join.score.more * self.rescore or self.top_k
+        # A score that is defined on embeddings is exact by their products.
+        rescored = self.rescore > 0 and not join.score.on_embeddings
+        exact = self.rescore > 0 or join.score.on_embeddings
         counted = (
             inputs["train"].pipeline
             | "Once" >> beam.Create([None])
@@ -221,12 +224,12 @@ class Influence(beam.PTransform):
                 beam.pvalue.AsList(inputs["tests"]),
             )
         )
+        if join.score.preconditioner != "none":
+            counted = counted | "Curvature" >> curvature.TakeCurvature(join)
         census = beam.pvalue.AsSingleton(counted)
         groups = counted | "Groups" >> beam.FlatMap(_groups) | "SpreadGroups" >> beam.Reshuffle()
         if self.index == "exact":
-            found = groups | "Search" >> beam.ParDo(
-                SearchByProduct(join, count, self.rescore > 0), census
-            )
+            found = groups | "Search" >> beam.ParDo(SearchByProduct(join, count, rescored), census)
             candidates = found | "Candidates" >> beam.CombinePerKey(TopOfBlock(count))
         else:
             found = (
@@ -234,10 +237,10 @@ class Influence(beam.PTransform):
                 | "Pieces" >> beam.FlatMap(self._pieces)
                 | "SpreadPieces" >> beam.Reshuffle()
                 | "Build" >> beam.ParDo(index.BuildPiece(join))
-                | "Search" >> beam.ParDo(SearchByIndex(join, count, self.rescore > 0), census)
+                | "Search" >> beam.ParDo(SearchByIndex(join, count, rescored), census)
             )
             candidates = found | "Candidates" >> beam.CombinePerKey(TopOfBlock(cost.MORE * count))
-        if self.index == "scann" or not self.rescore:
+        if self.index == "scann" or not rescored:
             estimated = (
                 candidates
                 | "CandidatesOfGroup" >> beam.FlatMap(by_group, census, join)
@@ -246,7 +249,7 @@ class Influence(beam.PTransform):
             )
             candidates = estimated | "Estimated" >> beam.CombinePerKey(TopOfBlock(count))
         best = candidates
-        if self.rescore:
+        if rescored:
             places = candidates | "PlacesOfGroup" >> beam.FlatMap(places_by_group, census, join)
             every = counted | "AllPlaces" >> beam.FlatMap(all_places, join)
             scored = (
@@ -267,7 +270,7 @@ class Influence(beam.PTransform):
         made = (
             {"rows": rows, "every": every_file}
             | "RowsOfFile" >> beam.CoGroupByKey()
-            | "WriteTable" >> beam.ParDo(WriteTable(join, self.top_k, self.rescore > 0), census)
+            | "WriteTable" >> beam.ParDo(WriteTable(join, self.top_k, exact), census)
         )
         return {"best": best, "made": made, "groups": groups, "census": counted}
 

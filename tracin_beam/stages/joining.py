@@ -9,9 +9,10 @@ import numpy as np
 
 from tracin_beam.errors import InputError
 from tracin_beam.scoring import methods
+from tracin_beam.scoring.curvature import Curvature
 from tracin_beam.scoring.methods import Score
 from tracin_beam.stages.workers import EngineSource
-from tracin_beam.storage import embeddings, runs
+from tracin_beam.storage import embeddings, files, runs
 from tracin_beam.storage.runs import CheckpointFile, Output, Shard, ShardResult
 
 # Up to so many pairs of a training and a test example, all are scored exactly: that costs little
@@ -37,6 +38,7 @@ class Join:
       method: name of the score.
       numbers: in an embedding, over all checkpoints.
       block: queries that are computed together, with consecutive numbers.
+      damping: of the score's preconditioner.
     """
 
     output: Output
@@ -50,6 +52,7 @@ class Join:
     method: str
     numbers: int
     block: int
+    damping: float = 1.0
 
     def files(self, set_name: str, shard: Shard) -> list[str]:
         """A shard's embedding files, by checkpoint."""
@@ -61,7 +64,33 @@ class Join:
 
     @functools.cached_property
     def score(self) -> Score:
-        return methods.make(self.method, [c.learning_rate for c in self.checkpoints])
+        rates = [c.learning_rate for c in self.checkpoints]
+        return methods.make(self.method, rates, self.curvature)
+
+    def moments(self, place: int) -> str:
+        """The file with the training set's second moments at the checkpoint of a place."""
+        step = str(self.checkpoints[place].step)
+        return self.output.path("curvature", self.score.preconditioner, step, "moments.npz")
+
+    @functools.cached_property
+    def _curvatures(self) -> dict[int, Curvature]:
+        return {}
+
+    def curvature(self, place: int) -> Curvature:
+        """The training set's second moments at the checkpoint of a place, once they are taken."""
+        if place not in self._curvatures:
+            with files.local_copy(self.moments(place)) as local, np.load(local) as stored:
+                means = {name: stored[name] for name in stored.files}
+            self._curvatures[place] = Curvature(means, self.damping)
+        return self._curvatures[place]
+
+    @functools.cached_property
+    def score_identity(self) -> object:
+        """All that a score depends on besides the two examples."""
+        if self.score.preconditioner == "none":
+            return self.method
+        train = sorted(self.units[shard.path] for shard in self.train)
+        return [self.method, self.damping, runs.digest(train)]
 
     @functools.cached_property
     def train_number(self) -> dict[str, int]:

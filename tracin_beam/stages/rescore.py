@@ -153,17 +153,21 @@ class ExactScores:
                 ]
             batch, parsed, _ = embed.parse_records(self._loaded, data)
             engine, target = self._loaded.engine, self._join.target
+            written_out = self._join.score.written_out
             # Queries that could not be used are none; here a few could only be left out.
             gradients, kept, _ = without_failing(
-                lambda some: engine.queries(values, batch.take(some), target), batch.size
+                lambda some: engine.queries(values, batch.take(some), target, written_out),
+                batch.size,
             )
             self._cache[key] = (
                 queries[np.asarray(parsed, np.int64)[kept]],
                 None if gradients is None else self._join.score.of_gradients(place, gradients),
             )
             tally.add("queries", len(self._cache[key][0]))
-            each = max(1, engine.query_bytes())
-            limit = max(len(self._join.checkpoints), QUERY_CACHE_BYTES // each)
+            each = engine.query_bytes()
+            if written_out:
+                each = 4 * len(queries) * sum(spec.size for spec in engine.specs)
+            limit = max(len(self._join.checkpoints), QUERY_CACHE_BYTES // max(1, each))
             while len(self._cache) > limit:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)

@@ -61,10 +61,14 @@ def judge(
     queries = census.sample
     tally = tally or Tally()
     places = places_of(join, group)
-    exact_scores = _exact(exact, queries, places, join.block, tally)
-    known = np.isfinite(exact_scores).all(axis=1)
     with tally.timed("estimate"):
-        estimates = _estimates(join, census, group, places)[known]
+        estimates = _estimates(join, census, group, places)
+    if join.score.on_embeddings:
+        exact_scores = estimates
+    else:
+        exact_scores = _exact(exact, queries, places, join.block, tally)
+    known = np.isfinite(exact_scores).all(axis=1)
+    estimates = estimates[known]
     exact_scores = exact_scores[known]
     share = max(_FEWEST_PAIRS, _PAIRS * len(places) // max(1, census.train_rows))
     step = -(-len(places) // share)
@@ -96,7 +100,10 @@ def _exact(
 
 def _estimates(join: Join, census: Census, group: Group, places: np.ndarray) -> np.ndarray:
     """float64 [sampled queries, places]."""
-    weighted = join.score.queries(joining.queries_at(join, census, census.sample))
+    queries = joining.queries_at(join, census, census.sample)
+    if join.score.on_embeddings:
+        queries = queries.astype(np.float64)
+    weighted = join.score.queries(queries)
     estimates = np.empty((len(census.sample), len(places)))
     keys = _keys(*places.T)
     for shard, position, rows in joining.train_rows(join, group):
@@ -130,7 +137,7 @@ def kept_or_judged(
         [join.units[join.test[shard].path], int(position)]
         for shard, position in zip(shards, positions, strict=True)
     ]
-    mark = runs.digest([group.fingerprint, places, join.method])
+    mark = runs.digest([group.fingerprint, places, join.score_identity])
     kept = marks.read(path + ".json", join.output.root, mark, {path})
     if kept and kept["count"] >= top_k:
         tally.add("groups_found")

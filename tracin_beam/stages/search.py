@@ -192,6 +192,8 @@ def estimate(
     checkpoints = len(join.checkpoints)
     with tally.timed("read"):
         vectors = joining.queries_at(join, census, queries)
+    if join.score.on_embeddings:
+        vectors = vectors.astype(np.float64)
     weighted = join.score.queries(vectors)
     terms = [np.empty((len(rows.query), checkpoints)) for rows in wanted]
     step = max(1, _PAIR_BYTES // (8 * join.numbers))

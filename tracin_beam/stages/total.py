@@ -15,6 +15,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
+from tracin_beam.gradients.engine import Queries
 from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Join
 from tracin_beam.stages.metrics import Counters, Tally, timed
@@ -61,7 +62,10 @@ def parts_of(join: Join, tests: Iterable[ShardResult]) -> list[Part]:
     for place, checkpoint in enumerate(join.checkpoints):
         for group in groups:
             content = [[join.units[r.shard.path], r.excluded] for r in group]
-            name = f"{runs.digest([checkpoint.identity, join.target, content])}.npy"
+            of = [checkpoint.identity, join.target, content]
+            # A score on embeddings has other sums than one of gradients.
+            of += ["embeddings"] if join.score.on_embeddings else []
+            name = f"{runs.digest(of)}.npy"
             path = join.output.path(
                 "evaluation", join.test_name, "gradients", str(checkpoint.step), name
             )
@@ -70,7 +74,16 @@ def parts_of(join: Join, tests: Iterable[ShardResult]) -> list[Part]:
 
 
 def summed(join: Join, part: Part) -> np.ndarray:
-    """Σ ∇t over a part's usable examples: float64 [N]."""
+    """Σ ∇t over a part's usable examples: float64 [N]; Σ S∇t where the score is of embeddings."""
+    if join.score.on_embeddings:
+        sums = [
+            rows.embedding.sum(axis=0, dtype=np.float64)
+            for r in part.shards
+            for (rows,) in embeddings.read_checkpoints(
+                [join.files(join.test_name, r.shard)[part.checkpoint]], r.excluded
+            )
+        ]
+        return np.asarray(np.sum(sums, axis=0))
     loaded = join.source.get()
     engine = loaded.engine
     values = engine.values(join.checkpoints[part.checkpoint].path)
@@ -125,6 +138,22 @@ def read_sums(parts: Sequence[Part], checkpoints: Sequence[CheckpointFile]) -> l
     return totals
 
 
+def transformed(join: Join, sums: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """T_c of the sums, which the score is linear in."""
+    score = join.score
+    if score.on_embeddings:
+        return [score.of_embeddings(c, total[None])[0] for c, total in enumerate(sums)]
+    if not score.written_out:
+        return list(sums)
+    cuts = np.cumsum([spec.size for spec in join.source.get().engine.specs])[:-1]
+    found = []
+    for c, total in enumerate(sums):
+        parts = [part[None] for part in np.split(total, cuts)]
+        queries = score.of_gradients(c, Queries(1, parts, written_out=True))
+        found.append(np.concatenate([part[0] for part in queries.gradients]))
+    return found
+
+
 def _load(path: str) -> np.ndarray:
     with files.local_copy(path) as local:
         return np.load(local, allow_pickle=False)
@@ -142,14 +171,24 @@ def rows_of(
     Args:
       join: what is joined.
       result: the shard.
-      sums: of the test set's gradients, by checkpoint.
+      sums: of the test set's gradients, or embeddings, by checkpoint, as `transformed` gives them.
       examples: how many test examples there are.
       tally: takes records, batches and the seconds by part.
     """
     tally = tally or Tally()
     loaded = join.source.get()
     engine, size = loaded.engine, loaded.engine.batch_size
-    path = join.files(runs.TRAIN, result.shard)[-1]
+    paths = join.files(runs.TRAIN, result.shard)
+    if join.score.on_embeddings:
+        for parts in embeddings.read_checkpoints(paths, result.excluded):
+            products = [
+                rows.embedding.astype(np.float64) @ q for rows, q in zip(parts, sums, strict=True)
+            ]
+            tally.add("records", len(parts[-1]))
+            by_checkpoint = join.score.by_checkpoint(np.stack(products, axis=1))
+            yield _table(parts[-1], by_checkpoint, examples, result.shard.path)
+        return
+    path = paths[-1]
     found = timed(_usable_records(result), tally, "read")
     for (part,) in embeddings.read_checkpoints([path], result.excluded):
         terms = []
@@ -204,7 +243,7 @@ def _table_of(join: Join, result: ShardResult, parts: Iterable[Part]) -> _Table:
     name = runs.numbered("total_influence", number, len(join.train))
     path = join.output.path("total_influence", join.test_name, name)
     sums = sorted(part.path for part in parts)
-    content = [join.units[result.shard.path], result.excluded, sums, join.method]
+    content = [join.units[result.shard.path], result.excluded, sums, join.score_identity]
     mark = join.output.total_mark(join.test_name, result.shard)
     return _Table(path, mark, runs.digest(content))
 
@@ -232,7 +271,7 @@ class WriteTotals(beam.DoFn):
             return table.path, kept["files"][table.path]
         names = sorted(part.path for part in parts)
         if self._sums is None or self._sums[0] != names:
-            self._sums = names, read_sums(parts, join.checkpoints)
+            self._sums = names, transformed(join, read_sums(parts, join.checkpoints))
         examples = sum(part.examples for part in parts if part.checkpoint == 0)
         files.remove([table.mark, join.output.done("influence", join.test_name)])
         rows = rows_of(join, result, self._sums[1], examples, tally) if result.used else iter(())

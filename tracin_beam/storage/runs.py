@@ -10,6 +10,7 @@
     total_influence/<test name>/                total_influence-*.parquet, with --total
     reports/<test name>.html
     evaluation/<test name>/group-*.parquet      exact scores of the queries that recall is of
+    curvature/<preconditioner>/<step>/          second moments of a checkpoint, and of its groups
     self_influence/                             self_influence-*.parquet
     rejected/<set>=<shard>.jsonl
     _state/influence/<test name>.json           what says that the tables are whole
@@ -39,6 +40,7 @@ _FOLDERS = (
     "influence",
     "total_influence",
     "evaluation",
+    "curvature",
     "self_influence",
     "reports",
     "rejected",

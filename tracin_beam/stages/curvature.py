@@ -1,0 +1,163 @@
+"""Training embeddings and shards → what a preconditioner knows of every checkpoint.
+
+Second moments are taken as sums over a group of training shards at a checkpoint, which are kept in
+`curvature/<preconditioner>/<step>/`: only a group that is new or changed costs its pass. What
+crosses the workers is paths.
+"""
+
+import dataclasses
+import io
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+
+import apache_beam as beam
+import numpy as np
+
+from tracin_beam.scoring import curvature
+from tracin_beam.stages import joining
+from tracin_beam.stages.joining import Census, Group, Join
+from tracin_beam.stages.metrics import Counters, Tally, timed
+from tracin_beam.stages.rescore import records_at
+from tracin_beam.storage import embeddings, files, marks, runs
+from tracin_beam.storage.embeddings import Embeddings
+
+# Examples of a group that K-FAC's factors are taken from, evenly spread over it.
+SAMPLED = 8192
+_MARK = ".json"
+
+_COUNTED = (*("sums_found", "sums_made", "embeddings", "records", "read_msec", "compute_msec"),)
+
+
+def _of_embeddings(join: Join, group: Group, place: int, tally: Tally) -> dict[str, np.ndarray]:
+    """Σ s sᵀ over a group's examples."""
+    total: dict[str, np.ndarray] = {}
+    parts: Iterator[Embeddings] = (
+        part
+        for r in group.shards
+        for (part,) in embeddings.read_checkpoints(
+            [join.files(runs.TRAIN, r.shard)[place]], r.excluded
+        )
+    )
+    for part in timed(parts, tally, "read"):
+        tally.add("embeddings", len(part))
+        with tally.timed("compute"):
+            total = curvature.added(total, {"R": curvature.of_embeddings(part.embedding)})
+    return total
+
+
+def _of_gradients(join: Join, group: Group, place: int, tally: Tally) -> dict[str, np.ndarray]:
+    """K-FAC's sums over a group's examples, estimated from a sample of them."""
+    loaded = join.source.get()
+    engine = loaded.engine
+    values = engine.values(join.checkpoints[place].path)
+    step = -(-group.rows // SAMPLED)
+    total: dict[str, np.ndarray] = {}
+    count = first = 0
+    for result in group.shards:
+        usable = joining.usable(result)
+        # The first of the next shard continues the spacing.
+        chosen = usable[-first % step :: step]
+        first += len(usable)
+        found = records_at(result.shard.path, set(chosen.tolist())) if len(chosen) else iter(())
+        while some := list(itertools.islice(timed(found, tally, "read"), engine.batch_size)):
+            with tally.timed("compute"):
+                batch = loaded.parse([record.data for record in some])
+                sums = engine.moments(values, batch, curvature.WIDEST)
+                total = curvature.added(total, sums)
+            count += len(some)
+    tally.add("records", count)
+    return curvature.scaled(total, group.rows / count)
+
+
+def part_path(join: Join, group: Group, place: int) -> str:
+    """The file of a group's sums at the checkpoint of a place."""
+    folder = os.path.dirname(join.moments(place))
+    return files.join(folder, f"group-{group.number:05d}.npz")
+
+
+def take_sums(join: Join, group: Group, place: int, tally: Tally | None = None) -> str:
+    """The file of a group's sums at the checkpoint of a place, made unless it is there."""
+    tally = tally or Tally()
+    path, root = part_path(join, group, place), join.output.root
+    kind = join.score.preconditioner
+    wanted = runs.digest([group.fingerprint, kind, curvature.WIDEST, SAMPLED])
+    if marks.read(path + _MARK, root, wanted, {path}):
+        tally.add("sums_found")
+        return path
+    sums = _of_embeddings(join, group, place, tally)
+    if join.score.written_out:
+        sums |= _of_gradients(join, group, place, tally)
+        runs.check_unchanged([*(r.shard for r in group.shards), join.checkpoints[place]])
+    tally.add("sums_made")
+    files.remove([path + _MARK])
+    marks.write(path + _MARK, root, wanted, {path: _save(path, sums)})
+    return path
+
+
+def _save(path: str, arrays: dict[str, np.ndarray]) -> files.Stamp:
+    # A zip file is not written from its beginning to its end, as remote files are.
+    whole = io.BytesIO()
+    np.savez(whole, allow_pickle=False, **arrays)
+    with files.atomic_write(path) as handle:
+        handle.write(whole.getbuffer())
+    stamp: files.Stamp = handle.stamp
+    return stamp
+
+
+def write_means(join: Join, place: int, census: Census) -> None:
+    """Adds the groups' sums up, in their order, and writes the means over all examples."""
+    total: dict[str, np.ndarray] = {}
+    paths = [part_path(join, group, place) for group in census.groups]
+    for path in paths:
+        with files.local_copy(path) as local, np.load(local) as stored:
+            total = curvature.added(total, {name: stored[name] for name in stored.files})
+    _save(join.moments(place), curvature.scaled(total, 1 / max(1, census.train_rows)))
+    kept = {join.moments(place), *paths, *(path + _MARK for path in paths)}
+    there = {info.path for info in files.list_folder(os.path.dirname(join.moments(place)))}
+    files.remove(sorted(path for path in there - kept if "group-" in os.path.basename(path)))
+
+
+class TakeSums(beam.DoFn):
+    """(place of a checkpoint, group) → (place of the checkpoint, group), when its sums are kept."""
+
+    def __init__(self, join: Join) -> None:
+        self._join = join
+        self._counters = Counters("curvature", *_COUNTED)
+
+    def process(self, pair: tuple[int, Group]) -> Iterator[tuple[int, str]]:
+        place, group = pair
+        tally = Tally()
+        yield place, take_sums(self._join, group, place, tally)
+        self._counters.take(tally)
+
+
+def _write(pair: tuple[int, Iterable[str]], census: Census, join: Join) -> int:
+    write_means(join, pair[0], census)
+    return pair[0]
+
+
+@dataclasses.dataclass
+class TakeCurvature(beam.PTransform):
+    """The Census → the same, when the second moments of every checkpoint are on disk.
+
+    Attributes:
+      join: what is joined.
+    """
+
+    join: Join
+
+    def expand(self, counted: beam.PCollection) -> beam.PCollection:
+        done = (
+            counted
+            | "Units" >> beam.FlatMap(self._units)
+            | "SpreadUnits" >> beam.Reshuffle()
+            | "TakeSums" >> beam.ParDo(TakeSums(self.join))
+            | "OfCheckpoint" >> beam.GroupByKey()
+            | "WriteMeans" >> beam.Map(_write, beam.pvalue.AsSingleton(counted), self.join)
+        )
+        return counted | "Ready" >> beam.Map(lambda census, _: census, beam.pvalue.AsList(done))
+
+    def _units(self, census: Census) -> list[tuple[int, Group]]:
+        places = range(len(self.join.checkpoints))
+        return [(place, group) for place in places for group in census.groups]
