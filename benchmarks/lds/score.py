@@ -45,7 +45,7 @@ def prepare(folder: pathlib.Path, data: pathlib.Path, seed: int) -> None:
     x, y, x_test, y_test = truth.examples(data)
     arrays = {"train": (x, y), "test": (x_test, y_test)}
     for name, (images, labels) in arrays.items():
-        path = str(folder / f"{name}-00000-of-00001.tfrecord")
+        path = str(folder / f"{name}-*.tfrecord")
         tracin_beam.write_shards({"features": images, "label": labels}, path)
     (folder / "task.py").write_text(TASK)
     every = truth.trained(x, y, np.arange(truth.TRAIN)[None], seed)
