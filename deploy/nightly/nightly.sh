@@ -3,7 +3,7 @@
 #
 #     nightly.sh [FLAG …]
 #
-# Exit status: the job's (2 for an input that has to be mended), 75 while an earlier run is not over,
+# Exit status: the job's (2 for an input that has to be mended, 3 for an error gate), 75 while an earlier run is not over,
 # 124 for one that took longer than LIMIT.
 set -euo pipefail
 

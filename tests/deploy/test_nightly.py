@@ -60,7 +60,7 @@ class TestCronJob:
         fails = job["podFailurePolicy"]["rules"][0]
         (container,) = job["template"]["spec"]["containers"]
         assert fails["onExitCodes"]["containerName"] == container["name"]
-        assert fails["onExitCodes"]["values"] == [2]  # what launch.main gives for bad input
+        assert fails["onExitCodes"]["values"] == [2, 3]  # bad input, and an error gate
 
 
 def script(tmp_path, *flags, **environment):

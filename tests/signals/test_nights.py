@@ -132,13 +132,14 @@ def test_one_per_cent_of_wrong_labels_in_a_new_shard_stands_out():
     assert after["metrics"]["suspicious_shards"] == 0
 
 
-def test_shards_of_one_kind_stand_out_on_no_night():
+def test_shards_of_one_kind_stand_out_on_hardly_any_night():
     found = [
         night["metrics"]["new_suspicious_shards"]
         for seed in range(10)
         for night in week(np.random.default_rng(seed))[0]
     ]
-    assert sum(found) == 0
+    assert len(found) == 60
+    assert sum(found) <= 2  # of 60 at a level of 0.01: more has a probability of 0.02
 
 
 def test_the_first_shard_has_nothing_to_be_compared_with():

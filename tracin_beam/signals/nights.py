@@ -20,7 +20,7 @@ BINS = len(_EDGES) + 1
 # Shares of the worst scores in which a shard may have too many: what few but certain mistakes
 # look like, and what many uncertain ones do.
 _TAILS = (0.0005, 0.002, 0.01, 0.04)
-LEVEL = 0.001  # of all tests of a night together
+LEVEL = 0.01  # of all tests of a night together: a false alarm in a hundred nights at most
 _MOST_CLASSES = 1000
 _NIGHTS = 30  # whose arrivals are still compared with
 
