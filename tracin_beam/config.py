@@ -304,6 +304,9 @@ class Config:
     )
     json: bool = _flag(False, "Print the plan as JSON.", bool, jobs=("plan",))
 
+    date: str = _flag(
+        "", "Date of the night, such as 2026-11-22; by default today's, UTC.", jobs=("quality",)
+    )
     warn_if: tuple[str, ...] | None = _flag(
         None,
         "Condition on the night's metrics that is a warning, instead of the usual ones; may be "

@@ -397,6 +397,26 @@ class Engine:
             return Embedded(*parts[0])
         return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
+    def features(self, values: list[tf.Tensor], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """What a classifier makes of examples, whatever their labels.
+
+        Returns:
+          float32 [n, dim], the sketch of the gradient of the sum of the logits, and float32 [n, K],
+          log-probabilities of the classes.
+        """
+        if groups := self._groups(batch):
+            found = [(places, self.features(values, part)) for places, part in groups]
+            order = np.argsort(np.concatenate([places for places, _ in found]))
+            phi = np.concatenate([of[0] for _, of in found])[order]
+            return phi, np.concatenate([of[1] for _, of in found])[order]
+        function = self._function("features", "")
+        parts = [
+            [np.asarray(x)[: part.size] for x in _run(function, values, self._padded(part))]
+            for part in self._parts(batch)
+        ]
+        phi, log = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return phi, log
+
     def queries(
         self,
         values: list[tf.Tensor],
@@ -754,6 +774,7 @@ class Engine:
         signature = [self._values_spec, flat_spec]
         bodies: dict[str, Callable[..., Any]] = {
             "embed": self._embed,
+            "features": self._features,
             "norms": self._norms,
             "whole": self._whole,
             "fast": self._fast,
@@ -845,6 +866,22 @@ class Engine:
             with keras.StatelessScope(scope):
                 loss += added.values(self.model, self.added, features)
         return embedding, norm, loss, label, prediction
+
+    def _features(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
+            output = self.model(features, training=False)
+            scores = quantities.class_scores(None, output, self.kind)
+            separate = self.kind.separate
+            log = (tf.math.log_sigmoid if separate else tf.nn.log_softmax)(scores.logits)
+            return tf.reduce_sum(scores.logits, axis=1), log
+
+        captured = capture.per_example_gradients(
+            *self._found, forward, values, flat, self._structure
+        )
+        phi = self.projection([(self.specs[i], form) for i, form in captured.gradients.items()])
+        return phi, captured.auxiliary
 
     def _norms(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]

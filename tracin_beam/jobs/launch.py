@@ -46,7 +46,7 @@ def _run(job: Job, prog: str, argv: Sequence[str]) -> int:
     with progress.reported(progress.as_lines):
         run, said = carry_out(job, config, beam_options)
     print(said or job.parts.summary(run, runs.read_run(run.output)))
-    return 0
+    return 0 if said else job.parts.status(run)
 
 
 def ends(prog: str, body: Callable[[], int]) -> int:

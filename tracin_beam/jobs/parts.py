@@ -14,6 +14,10 @@ def _nothing(run: Run) -> tuple[()]:
     return ()
 
 
+def _success(run: Run) -> int:
+    return 0
+
+
 def _no_page(run: Run, state: Mapping[str, Any]) -> dict[str, Stamp]:
     return {}
 
@@ -27,6 +31,7 @@ class Parts:
       summary: what to print at the end, from run.json.
       made_by: what its results depend on besides the embeddings, to tell whether they are done.
       results: paths of files that are there when it is done, whatever else there is.
+      status: the exit status of a job that has ended well.
       page: writes the pages that show its tables, from run.json; the stamp of each by its path.
     """
 
@@ -35,6 +40,7 @@ class Parts:
     made_by: Callable[[Run], Iterable[object]] = _nothing
     results: Callable[[Run], Iterable[str]] = _nothing
     page: Callable[[Run, Mapping[str, Any]], dict[str, Stamp]] = _no_page
+    status: Callable[[Run], int] = _success
 
 
 def counts_summary(state: Mapping[str, Any], where: str) -> str:

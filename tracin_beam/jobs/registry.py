@@ -83,6 +83,13 @@ JOBS: dict[str, Job] = {
             "tracin_beam.jobs.embed",
         ),
         Job(
+            "quality",
+            "A night's tables of what is wrong with the training data: signals, suspects, gates.",
+            (*_ALWAYS, "output"),
+            "tracin_beam.jobs.quality",
+            uses_test=False,
+        ),
+        Job(
             "plan",
             "Before a run: how many examples, bytes, worker hours and how much memory; writes "
             "nothing.",

@@ -12,6 +12,8 @@
     evaluation/<test name>/group-*.parquet      exact scores of the queries that recall is of
     curvature/<preconditioner>/<step>/          second moments of a checkpoint, and of its groups
     self_influence/                             self_influence-*.parquet
+    features/train/<step>/<shard>.parquet       what a model makes of examples, whatever their label
+    quality/<date>/                             signals, suspects and metrics of a night
     rejected/<set>=<shard>.jsonl
     _state/influence/<test name>.json           what says that the tables are whole
 
@@ -42,6 +44,7 @@ _FOLDERS = (
     "evaluation",
     "curvature",
     "self_influence",
+    "features",
     "reports",
     "rejected",
     "_state",
@@ -173,6 +176,9 @@ class Output:
 
     def unit(self, unit: Unit) -> str:
         return self.embeddings(unit.set_name, unit.checkpoint.step, unit.shard)
+
+    def features(self, step: int, shard: Shard) -> str:
+        return self.path("features", TRAIN, str(step), shard.name + ".parquet")
 
     def rejected(self, set_name: str, shard: Shard) -> str:
         return self.path("rejected", f"{set_name}={shard.name}.jsonl")
