@@ -1,89 +1,152 @@
-"""The job `quality` on the direct runner, its scores against regressions fitted anew."""
+"""Nights on a problem small enough to do by hand: every label is judged by a fit without it."""
 
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from tiny import Tiny, rows
+import pytest
+import tiny as t
 
-from tracin_beam.jobs.registry import JOBS
 from tracin_beam.signals import ridge
+from tracin_beam.storage import verdicts
+
+FLAGS = {"test": None, "projection": "none", "dim": None}
 
 
-def run(problem, date, **changes):
-    given = problem.flags("self_influence", date=date, **changes)
-    return JOBS["quality"].main([f"--{name}={value}" for name, value in given.items()])
+@pytest.fixture
+def job(tmp_path, launch):
+    return t.Tiny(tmp_path, launch).write_all(test=0)
 
 
-def softmax(x):
-    grown = np.exp(x - x.max(1, keepdims=True))
-    return grown / grown.sum(1, keepdims=True)
-
-
-def expected(table):
-    """1 − m of the given labels, with a regression for each example on all others."""
-    phi = np.array(table["features"].to_pylist())
-    label = np.array(table["label"].to_pylist()).astype(int)
-    y, p = np.eye(3)[label], np.exp(np.array(table["log_probabilities"].to_pylist(), float))
-    centred = phi - phi.mean(0)
-    scale = np.linalg.eigvalsh(centred.T @ centred).clip(0).mean()
-    best = None
-    for share in ridge.LAMBDAS:
-        out = []
-        for i in range(len(phi)):
-            x, t = np.delete(phi, i, 0), np.delete(y, i, 0)
-            gram = (x - x.mean(0)).T @ (x - x.mean(0)) + share * scale * np.eye(phi.shape[1])
-            weights = np.linalg.solve(gram, (x - x.mean(0)).T @ (t - t.mean(0)))
-            out.append(t.mean(0) + (phi[i] - x.mean(0)) @ weights)
-        if best is None or np.square(out - y).sum() < best[0]:
-            best = np.square(out - y).sum(), np.array(out)
-    given = np.arange(len(phi)), label
-    fits = [np.log(softmax(best[1] / t)[given]).sum() for t in ridge.TEMPERATURES]
-    q = softmax(best[1] / ridge.TEMPERATURES[int(np.argmax(fits))])
-    return dict(zip(table["id"].to_pylist(), 1 - ((2 * q + p) / 3)[given], strict=True))
-
-
-def night(problem, date):
-    folder = problem.out / "quality" / date
+def night(job, date="2026-11-22"):
+    folder = job.out / "quality" / date
     return (
-        pq.read_table(folder / "signals.parquet"),
-        pq.read_table(folder / "suspects.parquet"),
+        pq.read_table(folder / "signals.parquet").to_pylist(),
+        pq.read_table(folder / "suspects.parquet").to_pylist(),
         json.loads((folder / "metrics.json").read_text()),
     )
 
 
-def check(problem, date):
-    signals, suspects, metrics = night(problem, date)
-    folder = problem.out / "features" / "train" / "10"
-    names = sorted(name for name in problem.shards if name.startswith("train"))
-    wanted = expected(pq.read_table([str(folder / f"{name}.parquet") for name in names]))
-    found = dict(zip(signals["id"].to_pylist(), signals["mislabel_score"].to_pylist(), strict=True))
-    np.testing.assert_allclose(
-        [found[name.decode()] for name in wanted], list(wanted.values()), atol=1e-6
+def softmax(z):
+    grown = np.exp(z - z.max(axis=-1, keepdims=True))
+    return grown / grown.sum(axis=-1, keepdims=True)
+
+
+def judged(train, weights):
+    """m [n, 3] at one checkpoint, by a least-squares fit without each example."""
+    x = np.stack([row.x for row in train]).astype(np.float64)
+    # The gradient of the sum of the logits: x for each class's weights, and ones for the biases.
+    phi = np.concatenate([np.repeat(x, 3, axis=1), np.ones((len(x), 3))], axis=1)
+    y = np.eye(3)[[row.y for row in train]]
+    scale = np.var(phi, axis=0).sum() * len(x) / phi.shape[1]
+    outputs = []
+    for ratio in ridge.LAMBDAS:
+        penalty = np.sqrt(scale * ratio) * np.eye(15, 16)
+        rows = np.concatenate([phi, np.ones((len(x), 1))], axis=1)
+        found = []
+        for i in range(len(x)):
+            kept = np.arange(len(x)) != i
+            a = np.concatenate([rows[kept], penalty])
+            b = np.concatenate([y[kept], np.zeros((15, 3))])
+            found.append(rows[i] @ np.linalg.lstsq(a, b, rcond=None)[0])
+        outputs.append(np.array(found))
+    best = min(outputs, key=lambda output: ((output - y) ** 2).sum())
+    q = max(
+        (softmax(best / warmth) for warmth in ridge.TEMPERATURES),
+        key=lambda q: np.log(q[y > 0]).sum(),
     )
-    assert len(found) == len(wanted) == metrics["metrics"]["examples"]
-    scores = suspects["score"].to_pylist()
-    assert scores == sorted(scores, reverse=True)
-    assert metrics["metrics"]["suspects"] == len(scores) > 0
-    return suspects
+    *_, logits = t.residuals(train, weights)
+    return (2 * q + softmax(logits)) / 3
 
 
-def test_nights(tmp_path):
-    problem = Tiny(tmp_path).write_all(test=0)
-    assert run(problem, "2026-11-22") == 0
-    first = check(problem, "2026-11-22")
-    kept = (problem.out / "features/train/10/train-0.tfrecord.parquet").stat().st_mtime_ns
+def test_signals_by_hand(job):
+    assert job.run("quality", date="2026-11-22", **FLAGS) == 0
+    signals, suspects, metrics = night(job)
+    train = job.good("train")
+    assert [r["id"] for r in signals] == [row.id for row in train]
+    assert [r["position"] for r in signals] == [row.position for row in train]
+    m = judged(train, job.weights[0])  # the first half of two checkpoints
+    label = np.array([row.y for row in train])
+    given = m[np.arange(len(train)), label]
+    # Probabilities are kept as logs in float16.
+    close = {"rtol": 2e-3, "atol": 1e-3}
+    np.testing.assert_allclose([r["mislabel_score"] for r in signals], 1 - given, **close)
+    assert [r["suggested_label"] for r in signals] == m.argmax(axis=1).tolist()
+    others = np.where(np.eye(3)[label] > 0, -1, m).max(axis=1)
+    np.testing.assert_allclose([r["best_other_ratio"] for r in signals], others / given, **close)
+    logits = np.stack([t.residuals(train, w)[2] for w in job.weights], axis=1)
+    own = np.take_along_axis(logits, label[:, None, None], axis=2)[:, :, 0]
+    rest = np.where(np.eye(3)[label][:, None] > 0, -np.inf, logits).max(axis=2)
+    np.testing.assert_allclose([r["aum"] for r in signals], (own - rest).mean(axis=1), atol=0.02)
+    found = [r["self_influence"] for r in signals]
+    products = t.scores(job, train, train)
+    expected = [products[i, i].sum() for i in range(len(train))]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
-    # What arrives, changes and vanishes.
-    problem.write("train-1.tfrecord", rows("changed", 8, 7))
-    problem.write("train-3.tfrecord", rows("new", 8, 8))
-    (tmp_path / "train-2.tfrecord").unlink()
-    del problem.shards["train-2.tfrecord"]
-    assert run(problem, "2026-11-23", error_if="examples > 0") == 3
-    second = check(problem, "2026-11-23")
+    wrong = {row.id for row, ratio in zip(train, others / given, strict=True) if ratio > 1}
+    assert {r["id"] for r in suspects if r["kind"] == "mislabelled"} == wrong
+    assert metrics["metrics"]["suspects.mislabelled"] == len(wrong)
+    assert metrics["metrics"]["wrong_labels_high"] == len(wrong)
+    assert all(r["first_seen"] == "2026-11-22" for r in suspects)
 
-    assert (problem.out / "features/train/10/train-0.tfrecord.parquet").stat().st_mtime_ns == kept
-    assert night(problem, "2026-11-22")[1].equals(first)
-    before = set(first["id"].to_pylist())
-    for row in second.to_pylist():
-        assert row["first_seen"] == ("2026-11-22" if row["id"] in before else "2026-11-23")
+
+def test_a_week(job, capsys):
+    assert job.run("quality", date="2026-11-22", **FLAGS) == 0
+    first, suspects, _ = night(job)
+    before = t.snapshot(job.out, "embeddings/*"), t.snapshot(job.out / "features")
+    job.write("train-3.tfrecord", [job.good("train")[4].but(id="copy"), *t.rows("train3.", 7, 9)])
+    assert job.run("quality", date="2026-11-23", **FLAGS) == 0
+    after = t.snapshot(job.out / "features")
+    assert {path: after[path] for path in before[1]} == before[1]
+    second, found, metrics = night(job, "2026-11-23")
+    assert len(second) == 32
+    seen = {r["id"]: r["first_seen"] for r in found}
+    known = {r["id"] for r in suspects}
+    assert all(date == "2026-11-22" for name, date in seen.items() if name in known)
+    assert metrics["metrics"]["new_suspects"] == sum(d == "2026-11-23" for d in seen.values())
+    assert night(job)[0] == first  # stays as it was
+
+    # One that was looked at does not come back.
+    reviewed = found[0]
+    verdict = {
+        **dict.fromkeys(verdicts.SCHEMA.names),
+        **{name: reviewed[name] for name in ("id", "content_hash")},
+        **{"verdict": "keep", "who": "me", "when": "2026-11-23T08:00:00Z"},
+    }
+    ledger = pa.Table.from_pylist([verdict], schema=verdicts.SCHEMA)
+    pq.write_table(ledger, job.out / "quality" / "verdicts.parquet")
+    (job.folder / "train-3.tfrecord").unlink()
+    capsys.readouterr()
+    gate = {"error_if": "suspects > 1000,examples < 25"}
+    assert job.run("quality", date="2026-11-24", **FLAGS, **gate) == 3
+    assert capsys.readouterr().out.splitlines()[-1].startswith("error: examples < 25: ")
+    third, rest, _ = night(job, "2026-11-24")
+    assert reviewed["id"] not in {r["id"] for r in rest}
+    for one, other in zip(third, first, strict=True):  # the shard that came has gone
+        assert one["mislabel_score"] == pytest.approx(other["mislabel_score"], rel=1e-6)
+    made = t.snapshot(job.out / "quality")
+    assert job.run("quality", date="2026-11-24", **FLAGS, **gate) == 3
+    assert t.snapshot(job.out / "quality") == made
+
+
+def test_duplicates(job):
+    rows = t.rows("again", 4, 7)
+    job.write("train-3.tfrecord", rows)
+    task = (job.folder / "task.py").read_text().replace(', "id": example["id"]', "")
+    (job.folder / "task.py").write_text(task)
+    job.write("train-4.tfrecord", [rows[2], *t.rows("more", 3, 8)])
+    assert job.run("quality", date="2026-11-22", **FLAGS) == 0
+    _, suspects, metrics = night(job)
+    (found,) = [r for r in suspects if r["kind"] == "duplicate"]
+    assert found["id"] == "train-4.tfrecord#0"
+    assert found["supporting_ids"] == ["train-3.tfrecord#2"]
+    assert metrics["metrics"]["suspects.duplicate"] == 1
+
+
+def test_misuse(job, capsys):
+    assert job.run("quality", date="yesterday", **FLAGS) == 2
+    assert "--date=yesterday: give a date such as" in capsys.readouterr().err
+    assert job.run("quality", date="2026-11-22", error_if="__import__('os')", **FLAGS) == 2
+    assert "error_if" in capsys.readouterr().err
+    assert not (job.out / "quality").exists()

@@ -397,25 +397,35 @@ class Engine:
             return Embedded(*parts[0])
         return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
-    def features(self, values: list[tf.Tensor], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """What a classifier makes of examples, whatever their labels.
+    def describe(
+        self, values: list[tf.Tensor], batch: Batch, features: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a checkpoint makes of the examples of a batch of any size, whatever their labels.
+
+        Args:
+          values: of the checkpoint.
+          batch: the examples.
+          features: whether to compute them.
 
         Returns:
-          float32 [n, dim], the sketch of the gradient of the sum of the logits, and float32 [n, K],
-          log-probabilities of the classes.
+          Log-probabilities by class, float32 [n, K] (see `quantities.log_probabilities`); and the
+          features φ, float32 [n, dim], the projected gradient of the sum of the outputs.
+
+        Raises:
+          tf.errors.OpError: an example that the model cannot take.
         """
         if groups := self._groups(batch):
-            found = [(places, self.features(values, part)) for places, part in groups]
-            order = np.argsort(np.concatenate([places for places, _ in found]))
-            phi = np.concatenate([of[0] for _, of in found])[order]
-            return phi, np.concatenate([of[1] for _, of in found])[order]
-        function = self._function("features", "")
-        parts = [
+            parts = [(i, self.describe(values, part, features)) for i, part in groups]
+            outputs = _in_places([(i, found[0]) for i, found in parts], batch.size)
+            some = [(i, found[1]) for i, found in parts if found[1] is not None]
+            return outputs, _in_places(some, batch.size) if features else None
+        function = self._function("features" if features else "outputs", quantities.OUTPUTS)
+        found = [
             [np.asarray(x)[: part.size] for x in _run(function, values, self._padded(part))]
             for part in self._parts(batch)
         ]
-        phi, log = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        return phi, log
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        return columns[0], columns[1] if features else None
 
     def queries(
         self,
@@ -775,6 +785,7 @@ class Engine:
         bodies: dict[str, Callable[..., Any]] = {
             "embed": self._embed,
             "features": self._features,
+            "outputs": self._outputs,
             "norms": self._norms,
             "whole": self._whole,
             "fast": self._fast,
@@ -827,6 +838,8 @@ class Engine:
                 extra = stack.enter_context(added.collecting(self.model)) if self.added else []
                 output = self.model(features, training=False)
             value = quantity(label, output, sample_weight)
+            if target == quantities.OUTPUTS:
+                return value, (quantities.log_probabilities(output, kind),)
             plain = value if target == "loss" else loss(label, output, sample_weight)
             if self.added and target == "loss":
                 value += added.shares(extra, self.added, nests.present(features)[0].shape[0])
@@ -869,19 +882,17 @@ class Engine:
 
     def _features(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
-            output = self.model(features, training=False)
-            scores = quantities.class_scores(None, output, self.kind)
-            separate = self.kind.separate
-            log = (tf.math.log_sigmoid if separate else tf.nn.log_softmax)(scores.logits)
-            return tf.reduce_sum(scores.logits, axis=1), log
+    ) -> tuple[tf.Tensor, ...]:
+        captured = self._gradients(target, values, flat)
+        forms = [(self.specs[i], form) for i, form in captured.gradients.items()]
+        return *captured.auxiliary, self.projection(forms)
 
-        captured = capture.per_example_gradients(
-            *self._found, forward, values, flat, self._structure
-        )
-        phi = self.projection([(self.specs[i], form) for i, form in captured.gradients.items()])
-        return phi, captured.auxiliary
+    def _outputs(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> tuple[tf.Tensor, ...]:
+        with keras.StatelessScope(list(zip(self.model.variables, values, strict=True))):
+            _, outputs = self._forward(target)(*nests.repack(self._structure, flat))
+        return tuple(outputs)
 
     def _norms(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]

@@ -10,6 +10,37 @@ from tracin_beam.gradients.kinds import Kind
 from tracin_beam.gradients.losses import PerExample, per_example_loss
 from tracin_beam.gradients.targets import ClassScores, Losses
 
+# A quantity without a label, which no flag names: see `summed_outputs`.
+OUTPUTS = "outputs"
+
+
+def summed_outputs(output: Any, kind: Kind) -> tf.Tensor:
+    """The sum of an example's outputs, of a classifier's logits: float32 [B].
+
+    Its gradient describes the example as the model sees it, without its label.
+    """
+    if kind.name in ("classification", "multilabel"):
+        return tf.reduce_sum(_logits(output, kind), axis=1)
+    parts = [tf.cast(x, tf.float32) for x in tf.nest.flatten(output)]
+    return tf.add_n([tf.reduce_sum(x, axis=list(range(1, x.shape.rank))) for x in parts])
+
+
+def log_probabilities(output: Any, kind: Kind) -> tf.Tensor:
+    """Logs of a classifier's probabilities by class: float32 [B, K].
+
+    Of one output for two classes, those of both; of a multi-label task, of each label by itself. Of
+    other tasks the outputs themselves, in one row.
+    """
+    if kind.name == "multilabel":
+        return tf.math.log_sigmoid(_logits(output, kind))
+    if kind.name == "classification":
+        logits = _logits(output, kind)
+        if kind.single:
+            return tf.concat([tf.math.log_sigmoid(-logits), tf.math.log_sigmoid(logits)], axis=1)
+        return tf.nn.log_softmax(tf.math.log_sigmoid(logits) if kind.separate else logits)
+    parts = [tf.cast(x, tf.float32) for x in tf.nest.flatten(output)]
+    return tf.concat([tf.reshape(x, [tf.shape(x)[0], -1]) for x in parts], axis=1)
+
 
 def target_quantity(target: str, loss: Any, kind: Kind | None = None) -> PerExample:
     """What is differentiated for a target, as a function like `per_example_loss`.
@@ -22,6 +53,10 @@ def target_quantity(target: str, loss: Any, kind: Kind | None = None) -> PerExam
     Raises:
       InputError: there is no such target; when called, the kind of task has none such.
     """
+    if target == OUTPUTS:
+        return lambda label, output, _: summed_outputs(
+            output, kind or kinds.infer(loss, label, output)
+        )
     if target not in targets.names():
         known = ", ".join(targets.names())
         raise InputError(f"--target={target} is not known; take one of {known}.")

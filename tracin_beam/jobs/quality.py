@@ -1,84 +1,262 @@
-"""The job `quality`: a night's tables of what is wrong with the training data, and its gates."""
+"""The job `quality`: a night's look at the training data, and what of it is wrong."""
 
-import time
-from collections.abc import Iterator, Mapping
+import datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import graphs, night
-from tracin_beam.jobs.parts import Parts, counts_summary
+from tracin_beam.jobs.parts import Parts
 from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
 from tracin_beam.signals import gates
-from tracin_beam.storage import files
-from tracin_beam.storage.runs import Made
+from tracin_beam.signals.gates import Gate
+from tracin_beam.storage import files, runs, sinks, tables, verdicts
+from tracin_beam.storage.runs import Made, Output
+
+_VERSION = 1
+_FILES = (
+    *("signals.parquet", "suspects.parquet", "metrics.json", "metrics.prom"),
+    *("openlineage.json", "datalab.parquet"),
+)
+# Where the first checkpoint knows nearly all given labels, wrong ones are learnt too.
+_LATE = 0.97
+
+SUSPECTS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("kind", pa.string()),
+        ("score", pa.float64()),  # 1 is the worst
+        ("label", pa.float64()),
+        ("suggested_label", pa.float64()),
+        ("confidence", pa.float64()),
+        ("best_other_ratio", pa.float64()),
+        ("supporting_ids", pa.list_(pa.string())),
+        ("shard", pa.string()),
+        ("position", pa.int64()),
+        ("cohort", pa.string()),
+        ("first_seen", pa.string()),
+        ("content_hash", pa.binary()),
+    ]
+)
 
 
-def _date(run: Run) -> str:
-    given = run.config.date
-    return night.check_date(given or time.strftime("%Y-%m-%d", time.gmtime(run.started)))
+def date_of(run: Run) -> str:
+    """The night's date; that of the run's start in UTC if none was given."""
+    if run.config.date:
+        return night.check_date(run.config.date)
+    return datetime.datetime.fromtimestamp(run.started, datetime.UTC).date().isoformat()
+
+
+def _conditions(run: Run) -> list[Gate]:
+    return gates.parse_all(run.config.warn_if, run.config.error_if or ())
 
 
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
-    """Embeds, keeps features, and makes the night's tables.
+    """Embeds, describes the examples, and writes the night's tables."""
+    from tracin_beam.stages.quality import Night, judge
 
-    Raises:
-      InputError: the task is no classification.
-    """
-    from tracin_beam.stages.quality import Quality
-
-    kind = run.source.get().engine.kind
-    if kind.name != "classification":
+    kind = run.kind["name"]
+    if kind not in ("classification", "multilabel", "regression"):
         raise InputError(
-            f"The job quality judges labels of a classification; this task is taken for "
-            f"kind={kind.name!r}. If each example has one class, say so: "
-            "Task(kind='classification')."
+            "quality judges labels of a classification, multilabel or regression task, and this "
+            f"one is taken for kind={kind!r}: if it is one of them, say so with Task(kind=…)."
         )
-    date = _date(run)
+    date, conditions = date_of(run), _conditions(run)
     results = graphs.embed_stage(pipeline, run)
-    tables = results | "Quality" >> Quality(
-        run.output, run.source, run.checkpoints, run.shard_fingerprints, date
+    fingerprints = run.shard_fingerprints
+    what = Night(
+        run.output,
+        run.source,
+        run.checkpoints,
+        {shard.path: fingerprints[shard.path] for shard in run.train},
+        kind,
     )
-    conditions = gates.parse_all(run.config.warn_if, run.config.error_if or ())
-    made = tables | "Night" >> beam.FlatMap(_end, run.output, date, conditions)
+    parts, duplicates = judge(results, what)
+    made = (
+        pipeline
+        | "Night" >> beam.Create([None])
+        | "WriteNight"
+        >> beam.FlatMap(
+            lambda _, parts, duplicates: write_night(
+                run.output, date, dict(parts), duplicates, conditions, kind
+            ),
+            beam.pvalue.AsList(parts),
+            beam.pvalue.AsList(duplicates),
+        )
+    )
     graphs.finish_with(pipeline, run, JOBS["quality"], results, made)
 
 
-def _end(made: Any, output: Any, date: str, conditions: Any) -> Iterator[Made]:
-    """Metrics and gates of a night whose tables are there; the stamps of all its files."""
-    from tracin_beam.storage import tables
+def write_night(
+    output: Output,
+    date: str,
+    parts: Mapping[str, tuple[str, Mapping[str, Any]]],
+    duplicates: Sequence[Mapping[str, Any]],
+    conditions: Sequence[Gate],
+    kind: str,
+) -> Iterator[Made]:
+    """Writes all that lies in a night's folder.
+
+    Args:
+      output: the output directory.
+      date: of the night.
+      parts: path of the signals and `nights.summary` of each training shard, by its path.
+      duplicates: suspects of this kind.
+      conditions: the gates.
+      kind: of the task.
+
+    Yields:
+      Path and stamp of each file.
+    """
+    from tracin_beam.stages.quality import SIGNALS
 
     folder = output.path("quality", date)
-    signals = tables.read(files.join(folder, "signals.parquet"))
-    suspects = tables.read(files.join(folder, "suspects.parquet"))
-    night.finish(output, date, made, suspects, conditions, [signals])
-    for info in files.list_folder(folder):
-        yield info.path, files.stamp(info.path)
+
+    def pieces() -> Iterator[pa.Table]:
+        for shard in sorted(parts):
+            yield tables.read(parts[shard][0])
+
+    stamps = {
+        "signals.parquet": sinks.write_parquet(
+            files.join(folder, "signals.parquet"), SIGNALS, pieces()
+        )
+    }
+    earlier = _earlier(output, date)
+    rows: list[dict[str, Any]] = [*_mislabelled(pieces(), kind), *map(dict, duplicates)]
+    for row in rows:
+        key = (row["id"], row["kind"], row["content_hash"])
+        row["first_seen"] = earlier.get(key, date)
+        row.setdefault("cohort", "unknown")
+    rows.sort(key=lambda row: (row["kind"], -row["score"], row["shard"], row["position"]))
+    found = pa.Table.from_pylist(rows, schema=SUSPECTS)
+    found = verdicts.without_reviewed(found, verdicts.read(output), date)
+    stamps["suspects.parquet"] = tables.write(files.join(folder, "suspects.parquet"), found)
+    now = {(r["id"], r["kind"], r["content_hash"]) for r in found.to_pylist()}
+    night.finish(
+        output,
+        date,
+        {shard: summary for shard, (_, summary) in parts.items()},
+        found,
+        conditions,
+        pieces(),
+        _range(pieces()) if kind == "classification" else {},
+        {"new": sum(key not in earlier for key in now), "gone": len(earlier.keys() - now)},
+    )
+    for name in _FILES:
+        path = files.join(folder, name)
+        yield path, stamps.get(name) or files.stamp(path)
+
+
+def _earlier(output: Output, date: str) -> dict[tuple[Any, ...], str]:
+    """When the suspects of the last night before a date were first seen."""
+    nights = night.history(output, date)
+    path = output.path("quality", nights[-1]["date"], "suspects.parquet") if nights else ""
+    if not path or not files.exists(path):
+        return {}
+    rows = tables.read(path, ["id", "kind", "content_hash", "first_seen"]).to_pylist()
+    return {(r["id"], r["kind"], r["content_hash"]): r["first_seen"] for r in rows}
+
+
+def _mislabelled(pieces: Iterable[pa.Table], kind: str) -> Iterator[dict[str, Any]]:
+    """The examples of which another label is likelier than their own.
+
+    Of a regression: whose target is further from what the others say than three times the usual.
+    """
+    for piece in pieces:
+        if kind == "classification":
+            suspect = pc.greater(piece["best_other_ratio"], 1.0)
+        else:
+            suspect = pc.greater(piece["mislabel_score"], 0.75 if kind == "regression" else 0.5)
+        for row in piece.filter(pc.fill_null(suspect, False)).to_pylist():
+            score = row["mislabel_score"]
+            yield {
+                **{name: row[name] for name in SUSPECTS.names if name in row},
+                "kind": "mislabelled",
+                "score": score,
+                "confidence": score,
+                "supporting_ids": [],
+            }
+
+
+def _range(pieces: Iterable[pa.Table]) -> dict[str, float]:
+    """Between which numbers the wrong labels are.
+
+    Above, those whose own label is less likely than another by `mislabel`; below, those of them
+    that the network itself does not predict as given, although it has seen their label.
+    """
+    low = high = 0
+    for piece in pieces:
+        ratio = piece["best_other_ratio"].to_numpy()
+        other = np.nan_to_num(ratio) > 1
+        unlike = piece["prediction"].to_numpy() != piece["label"].to_numpy()
+        high += int(other.sum())
+        low += int((other & unlike).sum())
+    return {"wrong_labels_low": low, "wrong_labels_high": high}
 
 
 def _made_by(run: Run) -> list[object]:
-    return [_date(run), run.config.warn_if, run.config.error_if, 1]
+    config, ledger = run.config, run.output.verdicts
+    reviewed = files.checksum(ledger) if files.exists(ledger) else ""
+    return [_VERSION, date_of(run), config.warn_if, config.error_if, reviewed, run.kind]
 
 
 def _results(run: Run) -> Iterator[str]:
-    for name in ("signals.parquet", "suspects.parquet", "metrics.json"):
-        yield run.output.path("quality", _date(run), name)
+    _conditions(run)
+    return (run.output.path("quality", date_of(run), name) for name in _FILES)
 
 
-def _gates(run: Run) -> list[dict[str, Any]]:
-    found = files.read_json(run.output.path("quality", _date(run), "metrics.json"))
-    return list(found["gates"])
+def _state(run: Run) -> Any:
+    return files.read_json(run.output.path("quality", date_of(run), "metrics.json"))
 
 
 def _summary(run: Run, state: Mapping[str, Any]) -> str:
-    where = run.output.path("quality", _date(run))
-    return "\n".join([counts_summary(state, where), *gates.lines(_gates(run))])
+    found = _state(run)
+    metrics = found["metrics"]
+    kinds = [
+        f"{metrics[name]:g} {name.removeprefix('suspects.')}"
+        for name in metrics
+        if name.startswith("suspects.") and metrics[name]
+    ]
+    lines = [
+        f"{metrics['examples']:,} training examples, {metrics['suspects']:,} suspects "
+        f"({metrics['new_suspects']:,} new): {', '.join(kinds) or 'none'}"
+    ]
+    if "wrong_labels_low" in metrics:
+        low, high = metrics["wrong_labels_low"], metrics["wrong_labels_high"]
+        lines.append(f"wrong labels: between {low:,} and {high:,}")
+    if _is_late(run):
+        lines.append(
+            "The first checkpoint already predicts nearly all given labels, wrong ones too: save "
+            "some of the first epochs next time, with TracInCheckpoint(save_freq=…)."
+        )
+    lines.append(f"Written to {run.output.path('quality', date_of(run))}")
+    return "\n".join([*lines, *gates.lines(found["gates"])])
+
+
+def _is_late(run: Run) -> bool:
+    """Whether the first checkpoint has learnt the given labels."""
+    from tracin_beam.storage import embeddings
+
+    right = known = 0
+    for shard in run.train:
+        path = run.output.embeddings(runs.TRAIN, run.checkpoints[0].step, shard)
+        for (rows,) in embeddings.read_checkpoints([path], []):
+            judged = np.isfinite(rows.label) & np.isfinite(rows.prediction)
+            right += int((rows.label == rows.prediction)[judged].sum())
+            known += int(judged.sum())
+        if known > 100_000:
+            break
+    return run.kind["name"] == "classification" and known > 0 and right / known > _LATE
 
 
 def _status(run: Run) -> int:
-    return gates.status(_gates(run))
+    return gates.status(_state(run)["gates"])
 
 
 PARTS = Parts(graph, _summary, _made_by, _results, status=_status)

@@ -1,12 +1,8 @@
-"""Training embeddings → a night's `signals.parquet` and `suspects.parquet`.
-
-Labels are judged by a ridge regression on label-free features of the early checkpoints, with each
-example left out (`signals.ridge`, `signals.mislabel`). What is needed of the whole training set is
-sums over its shards.
-"""
+"""Embeddings and feature files → what is wrong with each training example."""
 
 import dataclasses
-import hashlib
+import functools
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,332 +10,420 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
+from tracin_beam.errors import InputError
 from tracin_beam.inputs import formats
-from tracin_beam.signals import mislabel, ridge
-from tracin_beam.signals.nights import summary
+from tracin_beam.scoring import methods
+from tracin_beam.signals import mislabel, nights, ridge, trajectory
 from tracin_beam.stages.embed import parse_records
 from tracin_beam.stages.workers import EngineSource
-from tracin_beam.storage import embeddings, files, marks, records, runs, sinks, tables
-from tracin_beam.storage.runs import CheckpointFile, Output, ShardResult
+from tracin_beam.storage import embeddings, features, files, marks, records, runs, sinks, tables
+from tracin_beam.storage.embeddings import Embeddings
+from tracin_beam.storage.features import Features
+from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
-FEATURES = pa.schema(
-    [
-        ("id", pa.binary()),
-        ("position", pa.int64()),
-        ("label", pa.float32()),
-        ("content_hash", pa.binary(16)),
-        ("log_probabilities", pa.list_(pa.float16())),
-        ("features", pa.list_(pa.float32())),
-    ]
-)
+_VERSION = 1  # of the feature files
+_PIECE_ROWS = 65_536
+
 SIGNALS = pa.schema(
     [
-        *(("id", pa.string()), ("shard", pa.string()), ("position", pa.int64())),
-        *(("cohort", pa.string()), ("label", pa.float64()), ("prediction", pa.float64())),
-        *((name, pa.float64()) for name in ("self_influence", "loss", "mislabel_score")),
-        *((name, pa.float64()) for name in ("suggested_label", "best_other_ratio")),
+        ("id", pa.string()),
+        ("shard", pa.string()),
+        ("position", pa.int64()),
+        ("cohort", pa.string()),
+        ("label", pa.float64()),
+        ("prediction", pa.float64()),
+        ("self_influence", pa.float64()),
+        ("loss", pa.float64()),
+        *((function.__name__, pa.float64()) for function in trajectory.COLUMNS),
+        ("mislabel_score", pa.float64()),
+        ("suggested_label", pa.float64()),
+        ("best_other_ratio", pa.float64()),
         ("content_hash", pa.binary()),
     ]
 )
-SUSPECTS = pa.schema(
-    [
-        *(("id", pa.string()), ("kind", pa.string()), ("score", pa.float64())),
-        *((name, pa.float64()) for name in ("label", "suggested_label", "confidence")),
-        ("best_other_ratio", pa.float64()),
-        ("supporting_ids", pa.list_(pa.string())),
-        *(("shard", pa.string()), ("position", pa.int64()), ("cohort", pa.string())),
-        *(("first_seen", pa.string()), ("content_hash", pa.binary())),
-    ]
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteFeatures:
-    """(ShardResult, checkpoint) → (step, ShardResult), once its feature file is there."""
-
-    output: Output
-    source: EngineSource
-    fingerprints: Mapping[str, str]
-
-    def __call__(
-        self, work: tuple[ShardResult, CheckpointFile]
-    ) -> Iterator[tuple[int, ShardResult]]:
-        result, checkpoint = work
-        path = self.output.features(checkpoint.step, result.shard)
-        mark = path + ".json"
-        fingerprint = runs.digest(
-            [self.fingerprints[result.shard.path], checkpoint.identity, result.excluded, 1]
-        )
-        if not marks.read(mark, self.output.root, fingerprint, {path}):
-            files.remove([mark])
-            stamp = sinks.write_parquet(path, FEATURES, self._pieces(result, checkpoint))
-            marks.write(mark, self.output.root, fingerprint, {path: stamp})
-        yield checkpoint.step, result
-
-    def _pieces(self, result: ShardResult, checkpoint: CheckpointFile) -> Iterator[pa.Table]:
-        loaded = self.source.get()
-        excluded = set(result.excluded)
-        kept = self.output.embeddings(result.set_name, checkpoint.step, result.shard)
-        source = (
-            record
-            for record in formats.read(result.shard.path)
-            if isinstance(record, records.Record) and record.position not in excluded
-        )
-        for (rows,) in embeddings.read_checkpoints([kept], result.excluded):
-            some = [next(source) for _ in range(len(rows))]
-            if [one.position for one in some] != rows.position.tolist():
-                raise runs.changed_while_used(result.shard)
-            batch, _, refused = parse_records(loaded, some)
-            if refused:
-                raise runs.changed_while_used(result.shard)
-            phi, log = loaded.engine.features(loaded.engine.values(checkpoint.path), batch)
-            yield pa.table(
-                {
-                    "id": [bytes(name) for name in rows.ids],
-                    "position": rows.position,
-                    "label": rows.label,
-                    "content_hash": [
-                        hashlib.blake2b(one.data, digest_size=16).digest() for one in some
-                    ],
-                    "log_probabilities": list(log.astype(np.float16)),
-                    "features": list(np.nan_to_num(phi, posinf=0, neginf=0)),
-                },
-                schema=FEATURES,
-            )
-
-
-def _at(
-    result: ShardResult, checkpoints: Sequence[CheckpointFile]
-) -> Iterator[tuple[ShardResult, CheckpointFile]]:
-    for checkpoint in checkpoints:
-        yield result, checkpoint
-
-
-def _read(output: Output, step: int, result: ShardResult) -> dict[str, Any]:
-    table = tables.read(output.features(step, result.shard))
-    label = np.asarray(table["label"].to_numpy(zero_copy_only=False), np.float64)
-    logs = np.array(table["log_probabilities"].to_pylist(), np.float64)
-    phi = np.array(table["features"].to_pylist(), np.float64)
-    classes = logs.shape[1] if len(table) else 0
-    known = np.isfinite(label) & (label >= 0) & (label < classes)
-    place = np.where(known, label, 0).astype(np.int64)
-    return {
-        "known": known,
-        "label": place,
-        "target": np.eye(max(classes, 1))[place],
-        "p": np.exp(logs),
-        "phi": phi,
-        "content_hash": table["content_hash"],
-    }
-
-
-def _labelled(output: Output, pair: tuple[int, ShardResult]) -> Iterator[tuple[int, Any, Any]]:
-    step, result = pair
-    read = _read(output, step, result)
-    if read["known"].any():
-        yield step, read["phi"][read["known"]], read["target"][read["known"]]
-
-
-def _sums(pair: tuple[int, ShardResult], output: Output) -> Iterator[tuple[int, ridge.Sums]]:
-    for step, phi, target in _labelled(output, pair):
-        yield step, ridge.sums(phi, target)
-
-
-def _added(parts: Iterable[Any]) -> Any:
-    whole = None
-    for part in parts:
-        whole = part if whole is None else whole + part
-    return whole
-
-
-def _fits(pair: tuple[int, Any]) -> Iterator[tuple[int, ridge.Fitted]]:
-    step, whole = pair
-    if whole is not None and whole.count >= 2:
-        yield step, ridge.fit(whole)
-
-
-def _errors(
-    pair: tuple[int, ShardResult], fits: Any, output: Output
-) -> Iterator[tuple[int, np.ndarray]]:
-    for step, phi, target in _labelled(output, pair):
-        if step in fits:
-            yield step, ridge.errors(fits[step], phi, target)
-
-
-def _likelihoods(
-    pair: tuple[int, ShardResult],
-    fits: Any,
-    errors: Any,
-    output: Output,
-) -> Iterator[tuple[int, np.ndarray]]:
-    for step, phi, target in _labelled(output, pair):
-        if step in fits:
-            choice = int(errors[step].argmin())
-            out = ridge.leave_one_out(fits[step], choice, phi, target)
-            yield step, ridge.likelihoods(out, target)
-
-
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """ShardResult → its path and rows of the night's signals."""
-
-    output: Output
-    checkpoints: Sequence[CheckpointFile]
-    early: Sequence[CheckpointFile]
-
-    def __call__(
-        self,
-        result: ShardResult,
-        fits: Any,
-        errors: Any,
-        likelihoods: Any,
-    ) -> tuple[str, pa.Table]:
-        q, p, read = [], [], {}
-        for step in (checkpoint.step for checkpoint in self.early):
-            read = _read(self.output, step, result)
-            if not len(read["known"]):
-                return result.shard.path, SIGNALS.empty_table()
-            p.append(read["p"])
-            if step not in fits:  # too few labels for a regression: the network alone is asked
-                q.append(read["p"])
-                continue
-            fitted, choice = fits[step], int(errors[step].argmin())
-            out = ridge.leave_one_out(fitted, choice, read["phi"], None)
-            own = ridge.leave_one_out(fitted, choice, read["phi"], read["target"])
-            out = np.where(read["known"][:, None], own, out)
-            q.append(ridge.probabilities(out, ridge.TEMPERATURES[int(likelihoods[step].argmax())]))
-        m = mislabel.mixed(np.stack(q, 1), np.stack(p, 1))
-        return result.shard.path, self._table(result, m, read)
-
-    def _table(self, result: ShardResult, m: np.ndarray, read: Mapping[str, Any]) -> pa.Table:
-        paths = [
-            self.output.embeddings(result.set_name, c.step, result.shard) for c in self.checkpoints
-        ]
-        parts = list(embeddings.read_checkpoints(paths, result.excluded))
-        last = [some[-1] for some in parts]
-        rates = np.array([c.learning_rate for c in self.checkpoints])
-        norms = np.concatenate([np.stack([e.squared_norm for e in s], 1) for s in parts])
-        loss = np.concatenate([np.stack([e.loss for e in s], 1) for s in parts])
-        known, label = read["known"], read["label"]
-        ratio = mislabel.best_other_ratio(m, label) if m.shape[1] > 1 else np.zeros(len(m))
-        return pa.table(
-            {
-                "id": [tables.text(name) for e in last for name in e.ids],
-                "shard": [result.shard.path] * len(m),
-                "position": np.concatenate([e.position for e in last]),
-                "cohort": ["unknown"] * len(m),
-                "label": tables.numbers(np.concatenate([e.label for e in last])),
-                "prediction": tables.numbers(np.concatenate([e.prediction for e in last])),
-                "self_influence": norms.astype(np.float64) @ rates,
-                "loss": loss.astype(np.float64).mean(1),
-                "mislabel_score": tables.numbers(
-                    np.where(known, mislabel.scores(m, label), np.nan)
-                ),
-                "suggested_label": mislabel.suggestions(m).astype(np.float64),
-                "best_other_ratio": tables.numbers(np.where(known, ratio, np.nan)),
-                "content_hash": read["content_hash"].cast(pa.binary()),
-            },
-            schema=SIGNALS,
-        )
-
-
-def suspects_of(signals: pa.Table, first_seen: Mapping[tuple[str, bytes], str], date: str) -> Any:
-    """Examples whose suggested label is another than the given one, worst first."""
-    rows = []
-    for row in signals.to_pylist():
-        score, suggested = row["mislabel_score"], row["suggested_label"]
-        if score is None or suggested == row["label"]:
-            continue
-        seen = first_seen.get((row["id"], row["content_hash"]), date)
-        given = 1 - score
-        confidence = min(1.0, given * (row["best_other_ratio"] or 0.0))
-        extra = {"kind": "mislabelled", "score": score, "confidence": confidence}
-        rows.append({**row, **extra, "supporting_ids": [], "first_seen": seen})
-    rows.sort(key=lambda row: (-row["score"], row["id"]))
-    return pa.Table.from_pylist(
-        [{name: row[name] for name in SUSPECTS.names} for row in rows], schema=SUSPECTS
-    )
-
-
-def _write(_: Any, judged: Any, output: Output, date: str, shards: Any) -> dict[str, Any]:
-    """Writes a night's tables; the summaries of its shards."""
-    judged = sorted(judged, key=lambda one: one[0])
-    whole = pa.concat_tables([table for _, table in judged])
-    sinks.write_parquet(output.path("quality", date, "signals.parquet"), SIGNALS, [whole])
-    suspects = suspects_of(whole, _seen_before(output, date), date)
-    sinks.write_parquet(output.path("quality", date, "suspects.parquet"), SUSPECTS, [suspects])
-    return {path: summary(table, True, shards[path]) for path, table in judged}
-
-
-def _seen_before(output: Output, date: str) -> dict[tuple[str, bytes], str]:
-    """Since when the suspects of the night before have been such."""
-    nights = sorted(
-        path
-        for path in files.under(output.path("quality"))
-        if path.endswith("/suspects.parquet") and path.split("/")[-2] < date
-    )
-    if not nights:
-        return {}
-    table = tables.read(nights[-1], columns=["id", "content_hash", "first_seen"])
-    return {(r["id"], r["content_hash"]): r["first_seen"] for r in table.to_pylist()}
-
-
-@dataclasses.dataclass
-class Quality(beam.PTransform):
-    """Training ShardResults → one dict: `nights.summary` of each shard, its tables being written.
+class Night:
+    """What the transforms of a night need to know.
 
     Attributes:
       output: the output directory.
       source: the engine.
       checkpoints: in training order.
-      fingerprints: of every training shard's embeddings, by path.
-      date: of the night.
+      shards: fingerprint of every training shard's embeddings, by path.
+      kind: of the task: "classification", "multilabel" or "regression".
     """
 
     output: Output
     source: EngineSource
-    checkpoints: Sequence[CheckpointFile]
-    fingerprints: Mapping[str, str]
-    date: str
+    checkpoints: tuple[CheckpointFile, ...]
+    shards: Mapping[str, str]
+    kind: str
 
-    def expand(self, results: beam.PCollection) -> beam.PCollection:
-        early = list(self.checkpoints[: mislabel.first_half(len(self.checkpoints))])
-        kept = (
-            results
-            | "AtEarly" >> beam.FlatMap(_at, early)
-            | "Spread" >> beam.Reshuffle()
-            | "Features"
-            >> beam.FlatMap(WriteFeatures(self.output, self.source, dict(self.fingerprints)))
-            | "Kept" >> beam.Reshuffle()
+    @property
+    def places(self) -> list[int]:
+        """The checkpoints for which φ is kept: the middle and the end of their first half."""
+        half = mislabel.first_half(len(self.checkpoints))
+        return sorted({half - 1, (half - 1) // 2})
+
+    def features(self, place: int, result: ShardResult) -> str:
+        return self.output.features(TRAIN, self.checkpoints[place].step, result.shard)
+
+    def part(self, result: ShardResult) -> str:
+        """The signals of a shard."""
+        return self.output.path("_state", "quality", "parts", result.shard.name + ".parquet")
+
+    def fit(self, place: int) -> str:
+        return self.output.path("_state", "quality", f"ridge-{place}.npz")
+
+    def read(self, result: ShardResult) -> Iterator[tuple[list[Embeddings], list[Features]]]:
+        """The rows of a shard at all checkpoints, some at a time."""
+        paths = [self.output.embeddings(TRAIN, c.step, result.shard) for c in self.checkpoints]
+        described = [
+            features.read(self.features(place, result), 4096)
+            for place in range(len(self.checkpoints))
+        ]
+        waiting: list[list[Embeddings]] = []
+        rows = embeddings.read_checkpoints(paths, result.excluded)
+        held = 0
+        for pieces in zip(*described, strict=True):
+            while held < len(pieces[0].position):
+                waiting.append(next(rows))
+                held += len(waiting[-1][0])
+            joined = [embeddings.concatenate(list(parts)) for parts in zip(*waiting, strict=True)]
+            size = len(pieces[0].position)
+            now = [part.take(np.arange(size)) for part in joined]
+            waiting = [[part.take(np.arange(size, held)) for part in joined]] if held > size else []
+            held -= size
+            if any((part.position != pieces[0].position).any() for part in now):
+                raise InputError(
+                    f"{self.features(0, result)} does not fit the embeddings beside it: remove it, "
+                    "and run again."
+                )
+            yield now, list(pieces)
+
+
+class WriteFeatures(beam.DoFn):
+    """(place of a checkpoint, ShardResult) → (path of the shard, ShardResult).
+
+    A file that is there for the same input is kept.
+    """
+
+    def __init__(self, night: Night) -> None:
+        self._night = night
+
+    def process(self, pair: tuple[int, ShardResult]) -> Iterator[tuple[str, ShardResult]]:
+        place, result = pair
+        night = self._night
+        path = night.features(place, result)
+        mark = path + ".json"
+        wanted = place in night.places
+        fingerprint = runs.digest(
+            [night.shards[result.shard.path], result.excluded, _VERSION, wanted, night.kind]
         )
-        fits = beam.pvalue.AsDict(
-            kept
-            | "Sums" >> beam.FlatMap(_sums, self.output)
-            | "AddSums" >> beam.CombinePerKey(_added)
-            | "Fit" >> beam.FlatMap(_fits)
+        if marks.read(mark, night.output.root, fingerprint, {path}) is None:
+            files.remove([mark])
+            stamp = self._write(path, place, result, wanted)
+            marks.write(mark, night.output.root, fingerprint, {path: stamp})
+        yield result.shard.path, result
+
+    def _write(self, path: str, place: int, result: ShardResult, wanted: bool) -> files.Stamp:
+        pieces = self._pieces(place, result, wanted)
+        first = next(pieces)
+        widths = (x.shape[1] for x in (first.log_probabilities, first.features, first.labels))
+        classes, dim, labels = widths
+        schema = features.schema(classes, dim, labels, self._night.kind != "regression")
+        stamp = sinks.write_parquet(
+            path,
+            schema,
+            (piece.table(schema) for some in ([first], pieces) for piece in some),
         )
-        errors = beam.pvalue.AsDict(
-            kept
-            | "Errors" >> beam.FlatMap(_errors, fits, self.output)
-            | "AddErrors" >> beam.CombinePerKey(_added)
-        )
-        likelihoods = beam.pvalue.AsDict(
-            kept
-            | "Likelihoods" >> beam.FlatMap(_likelihoods, fits, errors, self.output)
-            | "AddLikelihoods" >> beam.CombinePerKey(_added)
-        )
-        judged = (
-            kept
-            | "First" >> beam.Filter(lambda pair, step=early[0].step: pair[0] == step)
-            | "Shard" >> beam.Values()
-            | "Judge"
-            >> beam.Map(Judge(self.output, self.checkpoints, early), fits, errors, likelihoods)
-        )
-        return (
-            results.pipeline
-            | "TheNight" >> beam.Create([None])
-            | "Write"
-            >> beam.Map(
-                _write, beam.pvalue.AsList(judged), self.output, self.date, dict(self.fingerprints)
+        if not runs.is_unchanged(result.shard):
+            files.remove([path])
+            raise runs.changed_while_used(result.shard)
+        return stamp
+
+    def _pieces(self, place: int, result: ShardResult, wanted: bool) -> Iterator[Features]:
+        loaded = self._night.source.get()
+        values = loaded.engine.values(self._night.checkpoints[place].path)
+        excluded, waiting = set(result.excluded), list[records.Record]()
+        size = loaded.engine.batch_size
+
+        def described() -> Features:
+            batch, positions, rejected = parse_records(loaded, waiting)
+            if rejected or batch is None:
+                raise runs.changed_while_used(result.shard)
+            outputs, phi = loaded.engine.describe(values, batch, wanted)
+            labels = np.zeros((len(positions), 0), np.float32)
+            if self._night.kind == "multilabel":
+                labels = np.asarray(batch.label, np.float32)
+            outputs = np.nan_to_num(outputs, nan=features.LEAST_LOG)
+            phi = np.zeros((len(positions), 0), np.float32) if phi is None else phi
+            return Features(
+                np.array(positions, np.int64),
+                np.array([records.content_hash(r.data) for r in waiting], object),
+                np.maximum(outputs, features.LEAST_LOG),
+                np.nan_to_num(phi, posinf=0, neginf=0),
+                labels,
             )
+
+        for record in formats.read(result.shard.path):
+            if record.position in excluded or isinstance(record, records.BadRecord):
+                continue
+            waiting.append(record)
+            if len(waiting) == size:
+                yield described()
+                waiting.clear()
+        if waiting:
+            yield described()
+
+
+def _targets(night: Night, last: Embeddings, described: Features) -> tuple[np.ndarray, np.ndarray]:
+    """What the ridge is to tell, [n, K], and which examples have it."""
+    if night.kind == "multilabel":
+        return described.labels.astype(np.float64), np.ones(len(last), bool)
+    label = last.label.astype(np.float64)
+    if night.kind == "regression":
+        known = np.isfinite(label)
+        return np.where(known, label, 0)[:, None], known
+    classes = described.log_probabilities.shape[1]
+    known = np.isfinite(label) & (label >= 0) & (label < classes)
+    return np.eye(classes)[np.where(known, label, 0).astype(int)], known
+
+
+def summed(result: ShardResult, night: Night) -> Iterator[tuple[int, ridge.Sums]]:
+    """The sums of a shard for the ridge, by place of the checkpoint."""
+    whole: dict[int, ridge.Sums] = {}
+    for rows, described in night.read(result):
+        target, known = _targets(night, rows[-1], described[0])
+        for place in night.places:
+            some = ridge.sums(described[place].features[known], target[known])
+            whole[place] = whole[place] + some if place in whole else some
+    yield from whole.items()
+
+
+def _added(parts: Iterable[Any]) -> Any:
+    return functools.reduce(lambda a, b: a + b, parts)
+
+
+def fitted(pair: tuple[int, ridge.Sums], night: Night) -> tuple[int, str]:
+    """Fits the ridge of a checkpoint, and writes it to a file that workers read."""
+    place, whole = pair
+    if whole.count < 2:
+        raise InputError(f"only {whole.count} training examples have a label: too few to judge by")
+    content = io.BytesIO()
+    arrays: Any = {name: np.asarray(value) for name, value in vars(ridge.fit(whole)).items()}
+    np.savez(content, **arrays)
+    with files.atomic_write(night.fit(place)) as handle:
+        handle.write(content.getvalue())
+    return place, night.fit(place)
+
+
+def _read_fits(fits: Mapping[int, str]) -> dict[int, ridge.Fitted]:
+    found = {}
+    for place, path in fits.items():
+        with files.local_copy(path) as local, np.load(local, allow_pickle=False) as stored:
+            kept = dict(stored)
+        found[place] = ridge.Fitted(
+            **{**kept, "count": int(kept["count"]), "lambdas": tuple(kept["lambdas"].tolist())}
         )
+    return found
+
+
+def judged(
+    result: ShardResult, night: Night, fits: Mapping[int, str]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """What tells the best λ and temperature of a checkpoint: float64 [L, 1 + T].
+
+    A row for each λ: the summed squared leave-one-out error, and log-likelihoods by temperature.
+    """
+    ridges = _read_fits(fits)
+    tables_: dict[int, np.ndarray] = {}
+    for rows, described in night.read(result):
+        target, known = _targets(night, rows[-1], described[0])
+        for place, one in ridges.items():
+            phi, y = described[place].features[known], target[known]
+            lines = []
+            for choice in range(len(one.lambdas)):
+                output = ridge.leave_one_out(one, choice, phi, y)
+                likely = np.zeros(len(ridge.TEMPERATURES))
+                if night.kind != "regression":
+                    likely = ridge.likelihoods(output, y, night.kind == "multilabel")
+                lines.append([np.square(output - y).sum(), *likely])
+            tables_[place] = tables_.get(place, 0) + np.array(lines)
+    yield from tables_.items()
+
+
+def chosen(pair: tuple[int, np.ndarray]) -> tuple[int, tuple[int, float, float]]:
+    """The λ's place and the temperature for a checkpoint, and the summed squared error."""
+    place, table = pair
+    best = int(table[:, 0].argmin())
+    warmth = ridge.TEMPERATURES[int(table[best, 1:].argmax())]
+    return place, (best, warmth, float(table[best, 0]))
+
+
+def signals_of(
+    night: Night,
+    shard: str,
+    rows: Sequence[Embeddings],
+    described: Sequence[Features],
+    ridges: Mapping[int, ridge.Fitted],
+    choices: Mapping[int, tuple[int, float, float]],
+) -> pa.Table:
+    """Rows of `signals.parquet` for the same examples at every checkpoint."""
+    last = rows[-1]
+    size = len(last)
+    target, known = _targets(night, last, described[0])
+    logs = np.stack([one.log_probabilities for one in described], axis=1).astype(np.float64)
+    outputs = np.stack(
+        [
+            ridge.leave_one_out(ridges[place], choices[place][0], described[place].features, target)
+            for place in night.places
+        ],
+        axis=1,
+    )
+    columns = {function.__name__: np.full(size, np.nan) for function in trajectory.COLUMNS}
+    ratio, suggested = np.full(size, np.nan), np.full(size, np.nan)
+    if night.kind == "regression":
+        residual = target[:, 0] - outputs[:, :, 0].mean(axis=1)
+        usual = np.mean([choices[place][2] / ridges[place].count for place in night.places])
+        score = mislabel.as_score(np.abs(residual) / np.sqrt(usual + 1e-30))
+        suggested = outputs[:, :, 0].mean(axis=1)
+    else:
+        q = np.stack(
+            [
+                ridge.probabilities(outputs[:, i], choices[place][1], night.kind == "multilabel")
+                for i, place in enumerate(night.places)
+            ],
+            axis=1,
+        )
+        p = np.exp(logs[:, : mislabel.first_half(len(rows))])
+        m = mislabel.mixed(q, p)
+        if night.kind == "multilabel":
+            score = mislabel.separate_scores(m, target).max(axis=1)
+        else:
+            label = np.where(known, target.argmax(axis=1), 0)
+            score, suggested = mislabel.scores(m, label), mislabel.suggestions(m).astype(float)
+            ratio = mislabel.best_other_ratio(m, label)
+            for function in trajectory.COLUMNS:
+                columns[function.__name__] = np.where(known, function(logs, label), np.nan)
+    rates = [checkpoint.learning_rate for checkpoint in night.checkpoints]
+    norms = np.stack([part.squared_norm for part in rows], axis=1)
+    own = methods.make(methods.DEFAULT, rates).by_checkpoint(norms).sum(axis=1)
+    numbers = {
+        "label": last.label,
+        "prediction": last.prediction,
+        "self_influence": own,
+        "loss": last.loss,
+        **columns,
+        "mislabel_score": np.where(known, score, np.nan),
+        "suggested_label": suggested,
+        "best_other_ratio": np.where(known, ratio, np.nan),
+    }
+    return pa.table(
+        {
+            "id": [tables.text(identity) for identity in last.ids],
+            "shard": [shard] * size,
+            "position": last.position,
+            "cohort": ["unknown"] * size,
+            **{name: tables.numbers(values) for name, values in numbers.items()},
+            "content_hash": pa.array(list(described[0].content_hash), pa.binary()),
+        },
+        schema=SIGNALS,
+    )
+
+
+class WriteSignals(beam.DoFn):
+    """ShardResult → (path of the shard, (path of its signals, `nights.summary`))."""
+
+    def __init__(self, night: Night) -> None:
+        self._night = night
+
+    def process(
+        self,
+        result: ShardResult,
+        fits: Mapping[int, str],
+        choices: Mapping[int, tuple[int, float, float]],
+    ) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+        night, ridges, summaries = self._night, _read_fits(fits), []
+
+        def pieces() -> Iterator[pa.Table]:
+            for rows, described in night.read(result):
+                piece = signals_of(night, result.shard.path, rows, described, ridges, choices)
+                summaries.append(
+                    nights.summary(piece, night.kind == "classification", result.shard.identity)
+                )
+                yield piece
+
+        path = night.part(result)
+        sinks.write_parquet(path, SIGNALS, pieces())
+        yield result.shard.path, (path, nights.merged(summaries))
+
+
+def contents(pair: tuple[str, tuple[str, dict[str, Any]]]) -> Iterator[tuple[bytes, dict]]:
+    """What tells duplicates: each example's row by its content."""
+    shard, (path, _) = pair
+    names = ["id", "position", "label", "content_hash"]
+    for row in tables.read(path, names).to_pylist():
+        yield row.pop("content_hash"), {**row, "shard": shard}
+
+
+def duplicates(group: tuple[bytes, Iterable[dict]]) -> Iterator[dict[str, Any]]:
+    """Suspects of which an earlier example has the same content."""
+    content, rows = group
+    first, *others = sorted(rows, key=lambda row: (row["shard"], row["position"]))
+    for row in others:
+        yield {
+            **row,
+            "kind": "duplicate",
+            "score": 1.0,
+            "confidence": 1.0,
+            "supporting_ids": [first["id"]],
+            "content_hash": content,
+        }
+
+
+def at_checkpoints(result: ShardResult, count: int) -> Iterator[tuple[int, ShardResult]]:
+    """A shard's result for each place of a checkpoint."""
+    for place in range(count):
+        yield place, result
+
+
+def any_of(group: tuple[str, Iterable[ShardResult]]) -> ShardResult:
+    """The one result of a shard, once its files at all checkpoints are there."""
+    return next(iter(group[1]))
+
+
+def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, beam.PCollection]:
+    """Training ShardResults → what `WriteSignals` yields, and the suspects of `duplicates`."""
+    shards = (
+        results
+        | "Checkpoints" >> beam.FlatMap(at_checkpoints, len(night.checkpoints))
+        | "SpreadFeatures" >> beam.Reshuffle()
+        | "Features" >> beam.ParDo(WriteFeatures(night))
+        | "ByShardOfFeatures" >> beam.GroupByKey()
+        | "Shards" >> beam.Map(any_of)
+    )
+    fits = (
+        shards
+        | "Sums" >> beam.FlatMap(summed, night)
+        | "AddSums" >> beam.CombinePerKey(_added)
+        | "Fit" >> beam.Map(fitted, night)
+    )
+    choices = (
+        shards
+        | "Judge" >> beam.FlatMap(judged, night, beam.pvalue.AsDict(fits))
+        | "AddTables" >> beam.CombinePerKey(_added)
+        | "Choose" >> beam.Map(chosen)
+    )
+    parts = shards | "Signals" >> beam.ParDo(
+        WriteSignals(night), beam.pvalue.AsDict(fits), beam.pvalue.AsDict(choices)
+    )
+    found = (
+        parts
+        | "Contents" >> beam.FlatMap(contents)
+        | "SameContent" >> beam.GroupByKey()
+        | "Duplicates" >> beam.FlatMap(duplicates)
+    )
+    return parts, found

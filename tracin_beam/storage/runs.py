@@ -177,8 +177,8 @@ class Output:
     def unit(self, unit: Unit) -> str:
         return self.embeddings(unit.set_name, unit.checkpoint.step, unit.shard)
 
-    def features(self, step: int, shard: Shard) -> str:
-        return self.path("features", TRAIN, str(step), shard.name + ".parquet")
+    def features(self, set_name: str, step: int, shard: Shard) -> str:
+        return self.path("features", set_name, str(step), shard.name + ".parquet")
 
     def rejected(self, set_name: str, shard: Shard) -> str:
         return self.path("rejected", f"{set_name}={shard.name}.jsonl")
