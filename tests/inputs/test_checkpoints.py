@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -368,18 +369,10 @@ class WithAList(keras.Model):
         return x
 
 
-@pytest.mark.parametrize(
-    "save",
-    [
-        tf.saved_model.save,
-        lambda model, path: tf.train.Checkpoint(model=model).write(path),
-    ],
-    ids=["SavedModel", "Checkpoint"],
-)
-def test_the_lines_fail_where_a_file_lacks_weights(save, tmp_path):
+def test_the_lines_fail_where_a_file_lacks_weights(tmp_path):
     model = WithAList()
     model(X)
-    save(model, f"{tmp_path}/old")
+    tf.saved_model.save(model, f"{tmp_path}/old")
     with pytest.raises(InputError) as raised:
         read_checkpoints(f"{tmp_path}/old", 0.1)
     with pytest.raises(tf.errors.InvalidArgumentError, match="kernel"):
@@ -404,6 +397,42 @@ def test_older_kinds_are_named_with_the_lines_that_convert_them(tmp_path):
         written.unlink()
     with pytest.raises(InputError, match=r"give the path of one of them"):
         read_checkpoints(str(tmp_path / "tf"), 0.1)
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/*"])
+def test_older_kinds_are_named_by_their_folder_too(spec, tmp_path):
+    (tmp_path / "h5").mkdir()
+    model = build()
+    model.save(tmp_path / "h5" / "m.h5")
+    model.export(tmp_path / "exported" / "1", verbose=False)
+    for folder, kind in (
+        ("h5", "m.h5 is an HDF5 file"),
+        ("exported", "1 is a SavedModel|.pb is a"),
+    ):
+        with pytest.raises(InputError, match=kind):
+            read_checkpoints(spec.format(tmp_path / folder), 0.1)
+    (tmp_path / "w.npz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"w.npz is not a checkpoint that can be read"):
+        read_checkpoints(str(tmp_path / "w.npz"), 0.1)
+
+
+@pytest.mark.parametrize("name", ["old.weights.h5", "old.keras"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_older_files_under_newer_names(whole, name, tmp_path):
+    trained = compiled(model=build())
+    fit(trained, epochs=1)
+    if whole:
+        trained.save(tmp_path / "old.h5")
+    else:
+        with h5py.File(tmp_path / "old.h5", "w") as file:
+            legacy_h5_format.save_weights_to_hdf5_group(file, trained)
+    (tmp_path / "old.h5").rename(tmp_path / name)
+    with pytest.raises(InputError, match="of an older kind, whatever its name") as raised:
+        read_checkpoints(str(tmp_path / name), 0.1)
+    exec("\n".join(lines_of(raised.value)), {"os": os, "model": build()})
+    model = build()
+    load_weights(model, read_checkpoints(str(tmp_path / "old.weights.h5"), 0.1)[0].path)
+    np.testing.assert_array_equal(model(X), trained(X))
 
 
 def test_two_files_of_the_same_step(tmp_path):

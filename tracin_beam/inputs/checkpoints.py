@@ -67,9 +67,13 @@ def read_checkpoints(
     elif spec.endswith((WEIGHTS, MODEL)) or re.search(r"[*?\[,]", spec):
         checkpoints = _read_files(spec, learning_rate)
     else:
+        if said := _other_kind(spec):
+            raise InputError(said)
+        if files.is_local(spec) and os.path.isfile(spec):
+            check_suffix(spec)
+        _check_kinds_in(spec)
         raise InputError(
-            _other_kind(spec)
-            or f"There is no {LISTING} in {spec!r}: give a directory that TracInCheckpoint wrote, "
+            f"There is no {LISTING} in {spec!r}: give a directory that TracInCheckpoint wrote, "
             f"or a glob of {WEIGHTS} or {MODEL} files, such as '{files.join(spec, '*' + WEIGHTS)}'"
         )
     _check_history(checkpoints)
@@ -210,7 +214,11 @@ def checked_rate(rate: Any, where: str) -> float:
 
 
 def _read_files(spec: str, learning_rate: Sequence[float] | float | None) -> list[Checkpoint]:
-    each = [patterns.match(part) for part in patterns.split(spec)]
+    try:
+        each = [patterns.match(part) for part in patterns.split(spec)]
+    except InputError:
+        _check_kinds_in(spec.rpartition("/")[0])
+        raise
     listed = len(each) > 1 and all(len(found) == 1 for found in each)
     infos = [found[0] for found in each] if listed else patterns.match(spec)
     paths = [info.path for info in infos]
@@ -307,6 +315,18 @@ def check_suffix(path: str) -> None:
         )
 
 
+def _check_kinds_in(folder: str) -> None:
+    """Raises an InputError about the first checkpoint of an older kind in a folder, if any."""
+    for pattern in ("saved_model.pb", "*/saved_model.pb", "*.index", "*.h5", "*.hdf5"):
+        try:
+            found = patterns.match(files.join(folder, pattern))
+        except (InputError, OSError):
+            continue
+        for info in found:
+            if not info.path.endswith(WEIGHTS) and (said := _other_kind(info.path)):
+                raise InputError(said)
+
+
 def _other_kind(path: str) -> str | None:
     """What to do about a checkpoint of an older kind, if it is one."""
     folder = path.removesuffix("/")
@@ -340,6 +360,22 @@ def _other_kind(path: str) -> str | None:
         stem = re.sub(r"(\.weights)?\.\w+$", "", folder)
         return _convert(path, f"{kind} of another kind", load, stem)
     return None
+
+
+_HDF5 = b"\x89HDF"
+
+
+def _renamed(path: str) -> str:
+    """What to do about a file of an older kind under the name of a newer one."""
+    stem = path.removesuffix(MODEL).removesuffix(WEIGHTS)
+    old = stem + ".h5"
+    return (
+        f"{path} is an HDF5 file of an older kind, whatever its name. Make a weights file of it, "
+        "with the model as the task builds it:\n"
+        f"    os.rename({path!r}, {old!r})\n"
+        f"    model.load_weights({old!r})\n"
+        f"    model.save_weights({stem + WEIGHTS!r})"
+    )
 
 
 # TensorFlow's checkpoints leave out layers in lists and dicts of a model of Keras 3, in silence.
@@ -420,9 +456,15 @@ def _open_weights(path: str) -> Iterator["h5py.File"]:
     with naming_damage(path), contextlib.ExitStack() as stack:
         handle: IO[bytes] = stack.enter_context(files.open_read(path))
         if path.endswith(MODEL):
+            if handle.read(len(_HDF5)) == _HDF5:
+                raise InputError(_renamed(path))
+            handle.seek(0)
             archive = stack.enter_context(zipfile.ZipFile(handle))
             handle = stack.enter_context(archive.open("model.weights.h5"))
-        yield stack.enter_context(h5py.File(handle, "r"))
+        file = stack.enter_context(h5py.File(handle, "r"))
+        if "layer_names" in file.attrs or "model_weights" in file:
+            raise InputError(_renamed(path))
+        yield file
 
 
 @contextlib.contextmanager
