@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from tracin_beam.signals import gates, nights
 
-TRAINED, SEEDS, CLASSES = 10_000, 3, 10
+TRAINED, SEEDS, CLASSES = 10_000, 2, 10
 SUSPECT = 0.9  # of a mislabel score
 
 
