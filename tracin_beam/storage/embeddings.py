@@ -1,10 +1,13 @@
 """Embedding files: a TFRecord for each training or test example at a checkpoint.
 
 A record is a `tf.train.Example` with the columns of `Embeddings`: `id` (bytes), `position` (int64),
-`label`, `prediction`, `loss`, `squared_norm` (float) and `embedding` (bytes: little-endian float32
-[dim]). They are written straight as protocol buffer bytes, since building a message for each in
-Python takes longer than the arithmetic of a small model. They are read as arrays over the bytes of
-the file, since the place of every column is known in what we wrote; records that look otherwise go
+`label`, `prediction`, `loss`, `squared_norm` (float) and `embedding` (bytes: [dim] little-endian
+numbers). The numbers are float32 unless the record says otherwise: one that has a `dtype` (bytes:
+"float16" or "int8") has a `scale` (float) as well, by which its numbers are to be multiplied.
+
+They are written straight as protocol buffer bytes, since building a message for each in Python
+takes longer than the arithmetic of a small model. They are read as arrays over the bytes of the
+file, since the place of every column is known in what we wrote; records that look otherwise go
 through TensorFlow's parser. The CRC of every record is checked on every way.
 """
 
@@ -26,14 +29,12 @@ class Kind(NamedTuple):
     """How a column lies in the record.
 
     Attributes:
-      kind: "bytes", "int" (int64), "float" (float32) or "vector" (numbers of a dtype, as bytes).
+      kind: "bytes", "int" (int64), "float" (float32) or "vector" (numbers of a `Dtype`, as bytes).
       name: in the record, where it is not the attribute's.
-      dtype: of a vector's numbers.
     """
 
     kind: str
     name: str = ""
-    dtype: str = ""
 
 
 class Column(NamedTuple):
@@ -42,7 +43,33 @@ class Column(NamedTuple):
     attribute: str
     name: str
     kind: str
-    dtype: str
+
+
+class Dtype(NamedTuple):
+    """How the numbers of an embedding lie in the record.
+
+    Attributes:
+      numbers: NumPy's name of their type.
+      largest: what a row's number of the largest magnitude is scaled to; None for no scale.
+    """
+
+    numbers: str
+    largest: float | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return np.dtype(self.numbers).itemsize
+
+
+# A row whose largest number is m has a rounding error of at most m / 254 in int8, so that an inner
+# product's is at most √(dim / 193,548) of what the sketch itself is off by. float16 is scaled as
+# well, since gradients late in training are below its smallest number.
+DTYPES = {
+    "float32": Dtype("<f4", None),
+    "float16": Dtype("<f2", 2.0**14),
+    "int8": Dtype("i1", 127.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +84,7 @@ class Embeddings:
       ids: object [n] of bytes.
       position: int64 [n], place of the record in its shard.
       label, prediction, loss, squared_norm: float32 [n].
-      embedding: float32 [n, dim].
+      embedding: float32 [n, dim], whatever its dtype in the record.
     """
 
     ids: Annotated[np.ndarray, Kind("bytes", "id")]
@@ -66,7 +93,7 @@ class Embeddings:
     prediction: Annotated[np.ndarray, Kind("float")]
     loss: Annotated[np.ndarray, Kind("float")]
     squared_norm: Annotated[np.ndarray, Kind("float")]
-    embedding: Annotated[np.ndarray, Kind("vector", dtype="<f4")]
+    embedding: Annotated[np.ndarray, Kind("vector")]
 
     def __len__(self) -> int:
         return len(self.position)
@@ -77,41 +104,47 @@ class Embeddings:
 
 
 COLUMNS = tuple(
-    Column(field.name, kind.name or field.name, kind.kind, kind.dtype)
+    Column(field.name, kind.name or field.name, kind.kind)
     for field in dataclasses.fields(Embeddings)
     for kind in cast(Any, field.type).__metadata__
 )
 # Stands in the fingerprint, so that files of another layout are not taken for these.
-LAYOUT = " ".join(f"{column.name}:{column.kind}{column.dtype}" for column in COLUMNS)
+LAYOUT = " ".join(f"{column.name}:{column.kind}" for column in COLUMNS)
 _BYTES = COLUMNS[0]
 _INTEGERS = [column for column in COLUMNS if column.kind == "int"]
 _FIXED = [column for column in COLUMNS if column.kind in ("float", "vector")]
+_DTYPE, _SCALE = "dtype", Column("scale", "scale", "float")
 FLOATS = tuple(column.attribute for column in COLUMNS if column.kind == "float")
 # What is computed of an example, besides what tells which it is.
 COMPUTED = tuple(column.attribute for column in _FIXED)
 
 
-def record_bytes(dim: int, identity: int, position: int = 10_000) -> int:
+def record_bytes(
+    dim: int, identity: int, position: int = 10_000, *, dtype: str = "float32"
+) -> int:
     """Bytes of a record in an embedding file, with its framing.
 
     Args:
       dim: length of the embedding.
       identity: bytes of the id.
       position: how large its position is, and every other integer.
+      dtype: of the embedding, one of `DTYPES`.
     """
     digits = len(_varint(position))
-    size = len(_bytes_head(_BYTES.name, identity)) + identity + _fixed_dtype(dim).itemsize
+    size = len(_bytes_head(_BYTES.name, identity)) + identity + _fixed_dtype(dim, dtype).itemsize
     size += sum(len(_int_head(column.name, digits)) + digits for column in _INTEGERS)
     return records.FRAMING + len(_head(1, size)) + size
 
 
-def encode(rows: Embeddings) -> Iterator[bytes]:
-    """Serialised `tf.train.Example`s of the rows."""
+def encode(rows: Embeddings, dtype: str = "float32") -> Iterator[bytes]:
+    """Serialised `tf.train.Example`s of the rows, their embeddings in one of `DTYPES`."""
     dim = rows.embedding.shape[1]
-    fixed = np.empty(len(rows), _fixed_dtype(dim))
-    for column in _FIXED:
-        fixed[_head_of(column)] = _fixed_head(column, dim)
-        fixed[column.name] = getattr(rows, column.attribute)
+    fixed = np.empty(len(rows), _fixed_dtype(dim, dtype))
+    values = {column.name: getattr(rows, column.attribute) for column in _FIXED}
+    values[_FIXED[-1].name], values[_SCALE.name] = _stored(rows.embedding, DTYPES[dtype])
+    for column in _fixed(dtype):
+        fixed[_head_of(column)] = _fixed_head(column, dim, dtype)
+        fixed[column.name] = values[column.name]
     octets, size = fixed.tobytes(), fixed.dtype.itemsize
     unsigned = [getattr(rows, c.attribute).astype(np.int64).view(np.uint64) for c in _INTEGERS]
     integers = [values.tolist() for values in unsigned]
@@ -124,6 +157,21 @@ def encode(rows: Embeddings) -> Iterator[bytes]:
         parts.append(octets[i * size : (i + 1) * size])
         # Example.features = 1
         yield b"".join((_head(1, sum(map(len, parts))), *parts))
+
+
+def _stored(vectors: np.ndarray, dtype: Dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of float32 [n, dim] as they are stored, and the scale of every row.
+
+    Rows of which the scale would be below the smallest float32 are stored as zeros.
+    """
+    if dtype.largest is None:
+        return vectors, np.ones(len(vectors), np.float32)
+    scale = np.abs(vectors).max(axis=1, initial=0) / np.float32(dtype.largest)
+    numbers = np.divide(vectors, np.where(scale > 0, scale, np.inf)[:, None], dtype=np.float32)
+    np.clip(numbers, -dtype.largest, dtype.largest, out=numbers)
+    if np.dtype(dtype.numbers).kind == "i":
+        np.rint(numbers, out=numbers)
+    return numbers.astype(dtype.numbers), scale
 
 
 def _varint(n: int) -> bytes:
@@ -164,12 +212,20 @@ def _int_head(name: str, size: int) -> bytes:
     return _entry_head(name, len(outer) + len(inner) + size) + outer + inner
 
 
-def _fixed_head(column: Column, dim: int) -> np.ndarray:
+def _fixed(dtype: str) -> list[Column]:
+    """The columns of fixed size, in the order of the record."""
+    scaled = DTYPES[dtype].largest is not None
+    return [*_FIXED[:-1], *([_SCALE] if scaled else []), _FIXED[-1]]
+
+
+def _fixed_head(column: Column, dim: int, dtype: str) -> np.ndarray:
     """What comes before the value of a column of fixed size: uint8 [k]."""
     if column.kind == "float":  # Feature.float_list = 2, FloatList.value = 1, packed: four bytes
         head = _entry_head(column.name, 8) + _head(2, 6) + _head(1, 4)
     else:
-        head = _bytes_head(column.name, dim * np.dtype(column.dtype).itemsize)
+        head = _bytes_head(column.name, dim * DTYPES[dtype].size)
+    if column is _SCALE:  # behind the dtype, which is the same in all records
+        head = _bytes_head(_DTYPE, len(dtype)) + dtype.encode() + head
     return np.frombuffer(head, np.uint8)
 
 
@@ -178,24 +234,26 @@ def _head_of(column: Column) -> str:
 
 
 @functools.lru_cache(16)
-def _fixed_dtype(dim: int) -> np.dtype:
+def _fixed_dtype(dim: int, dtype: str) -> np.dtype:
     """The end of every record: the columns of fixed size, each behind its head."""
     parts: list[Any] = []
-    for column in _FIXED:
-        parts.append((_head_of(column), "u1", (len(_fixed_head(column, dim)),)))
-        value = (column.dtype, (dim,)) if column.kind == "vector" else ("<f4",)
+    for column in _fixed(dtype):
+        parts.append((_head_of(column), "u1", (len(_fixed_head(column, dim, dtype)),)))
+        is_vector = column.kind == "vector"
+        value = (DTYPES[dtype].numbers, (dim,)) if is_vector else ("<f4",)
         parts.append((column.name, *value))
     return np.dtype(parts)
 
 
 class EmbeddingWriter:
-    """Writes rows to a binary handle as TFRecords."""
+    """Writes rows to a binary handle as TFRecords, their embeddings in one of `DTYPES`."""
 
-    def __init__(self, handle: BinaryIO) -> None:
+    def __init__(self, handle: BinaryIO, dtype: str = "float32") -> None:
         self._writer = records.RecordWriter(handle)
+        self._dtype = dtype
 
     def write(self, rows: Embeddings) -> None:
-        self._writer.write_all(encode(rows))
+        self._writer.write_all(encode(rows, self._dtype))
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
@@ -205,18 +263,33 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
 
 
 def decode(serialised: Sequence[bytes]) -> Embeddings:
-    """The inverse of `encode`, for the messages of any program."""
+    """The inverse of `encode`, for the messages of any program.
+
+    Raises:
+      InputError: embeddings of a dtype that is not known.
+    """
     import tensorflow as tf
 
     types = {"int": tf.int64, "float": tf.float32}
     spec = {c.name: tf.io.FixedLenFeature([], types.get(c.kind, tf.string)) for c in COLUMNS}
-    parsed = tf.io.parse_example(list(serialised), spec)
-    columns = {}
-    for column in COLUMNS:
-        values = parsed[column.name]
-        if column.kind == "vector":
-            values = tf.io.decode_raw(values, tf.as_dtype(np.dtype(column.dtype)))
-        columns[column.attribute] = values.numpy()
+    spec[_DTYPE] = tf.io.FixedLenFeature([], tf.string, "float32")
+    spec[_SCALE.name] = tf.io.FixedLenFeature([], tf.float32, 1.0)
+    parsed = {
+        name: value.numpy() for name, value in tf.io.parse_example(list(serialised), spec).items()
+    }
+    columns = {column.attribute: parsed[column.name] for column in COLUMNS}
+    vector = _FIXED[-1]
+    parts = []
+    for octets, scale, name in zip(
+        parsed[vector.name], parsed[_SCALE.name], parsed[_DTYPE], strict=True
+    ):
+        dtype = DTYPES.get(name.decode(errors="replace"))
+        if dtype is None:
+            raise InputError(
+                f"an embedding of the dtype {name!r}, which is none of {', '.join(DTYPES)}"
+            )
+        parts.append(np.frombuffer(octets, dtype.numbers) * scale)
+    columns[vector.attribute] = np.stack(parts).astype(np.float32, copy=False)
     return Embeddings(**columns)
 
 
@@ -228,36 +301,39 @@ def _views(piece: records.Piece, columns: Sequence[Column]) -> dict[str, np.ndar
 
     Returns:
       By attribute. Floats and vectors are views on the bytes (not aligned, not to be written to)
-      where the records lie at equal distances.
+      where the records lie at equal distances. Vectors are as they are stored; with those that
+      have a scale, "scale" comes as well.
 
     Raises:
       ValueError: a record is not as `encode` writes it.
     """
-    fixed = _fixed_dtype(_dim(piece))
+    dim, dtype = _form(piece)
+    fixed = _fixed_dtype(dim, dtype)
     starts = piece.ends - fixed.itemsize
     if (starts < piece.starts).any():
         raise ValueError("too short for a record")
+    wanted = [*columns, _SCALE] if _FIXED[-1] in columns else columns
     views = {}
-    for column in _FIXED:
+    for column in _fixed(dtype):
         _demand(
             _at(piece.data, starts, *fixed.fields[_head_of(column)][:2]),  # type: ignore[index]
-            _fixed_head(column, _dim(piece)),
+            _fixed_head(column, dim, dtype),
         )
-        if column in columns:
+        if column in wanted:
             views[column.attribute] = _at(piece.data, starts, *fixed.fields[column.name][:2])  # type: ignore[index]
     for column in reversed(_INTEGERS):
         views[column.attribute], starts = _integers(piece, column, starts)
     if _BYTES in columns:
         views[_BYTES.attribute] = _identities(piece, starts)
-    return {column.attribute: views[column.attribute] for column in columns}
+    return {c.attribute: views[c.attribute] for c in wanted if c.attribute in views}
 
 
-def _dim(piece: records.Piece) -> int:
-    """Numbers in the embedding of the first record."""
+def _form(piece: records.Piece) -> tuple[int, str]:
+    """Numbers in the embedding of the first record, and their dtype."""
     column = _FIXED[-1]
     key = _head(1, len(column.name)) + column.name.encode()
-    end = int(piece.ends[0])
-    found = piece.data.rfind(key, int(piece.starts[0]), end)
+    start, end = int(piece.starts[0]), int(piece.ends[0])
+    found = piece.data.rfind(key, start, end)
     if found < 0:
         raise ValueError("no embedding")
     after = found + len(key)
@@ -265,7 +341,14 @@ def _dim(piece: records.Piece) -> int:
         size = end - after - head
         expected = _bytes_head(column.name, max(size, 0))
         if size >= 0 and piece.data.startswith(expected, after + head - len(expected)):
-            return size // np.dtype(column.dtype).itemsize
+            for name, dtype in DTYPES.items():
+                dim, left = divmod(size, dtype.size)
+                first = _fixed(name)[0]
+                begin = end - _fixed_dtype(dim, name).itemsize
+                front = _fixed_head(first, dim, name).tobytes()
+                # What is at the place of the first column tells which dtype it is.
+                if not left and begin >= start and piece.data.startswith(front, begin):
+                    return dim, name
     raise ValueError("no embedding at the end of a record")
 
 
@@ -374,7 +457,7 @@ class _Rows:
         """The next so many rows, fewer only at the end of the file.
 
         Yields:
-          Parts of them: columns by attribute, as `_views` gives them.
+          Parts of them: columns by attribute, as `_views` gives them; vectors as they are stored.
         """
         while count and self._fill():
             part = {name: c[self._at : self._at + count] for name, c in self._part.items()}
@@ -433,6 +516,10 @@ def read(path: str, rows: int = _ROWS) -> Iterator[Embeddings]:
 
 def _parts(source: _Rows, rows: int) -> Iterator[Embeddings]:
     while parts := list(source.stretches(rows)):
+        for part in parts:
+            if (scale := part.pop(_SCALE.attribute, None)) is not None:
+                name = _FIXED[-1].attribute
+                part[name] = np.multiply(part[name], scale[:, None], dtype=np.float32)
         yield Embeddings(**{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 
 
@@ -531,7 +618,11 @@ class MatrixReader:
                 vectors = part["embedding"]
                 width = vectors.shape[1]
                 target = out[row : row + len(vectors), column : column + width]
-                if scale == 1:
+                own = part.get(_SCALE.attribute)
+                if own is not None:
+                    factor = own[:, None] * np.float32(scale)
+                    np.multiply(vectors, factor, out=target, dtype=np.float32)
+                elif scale == 1:
                     target[...] = vectors
                 else:
                     np.multiply(vectors, np.float32(scale), out=target)
