@@ -122,6 +122,58 @@ def test_bytes_of_a_record(write):
         assert embeddings.record_bytes(dim, length) == os.path.getsize(write("one", rows))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2.0**-11), ("int8", 0.5 / 127)])
+def test_smaller_numbers_are_within_their_rounding(tmp_path, no_parser, dtype, error):
+    rows = rows_of(60, dim=33)
+    vectors = rows.embedding
+    vectors *= np.float32(10.0) ** np.linspace(-30, 30, 60, dtype=np.float32)[:, None]
+    vectors[7] = 0
+    path = tmp_path / "a"
+    with path.open("wb") as handle:
+        embeddings.EmbeddingWriter(handle, dtype).write(rows)
+    found = embeddings.concatenate(list(embeddings.read(str(path), rows=7)))
+    most = np.abs(vectors).max(axis=1, keepdims=True) * error * 1.001
+    assert found.embedding.dtype == np.float32
+    assert (np.abs(found.embedding - vectors) <= most).all()
+    for name in ("position", *embeddings.FLOATS):
+        np.testing.assert_array_equal(getattr(found, name), getattr(rows, name))
+    matrix = np.zeros((60, 66), np.float32)
+    MatrixReader([str(path)] * 2, scales=[1.0, 0.25]).read(matrix)
+    np.testing.assert_allclose(matrix[:, :33], found.embedding, rtol=1e-6)
+    np.testing.assert_allclose(matrix[:, 33:], found.embedding * np.float32(0.25), rtol=1e-6)
+    # By the record's own words alone, as another program reads it.
+    for i, data in enumerate(embeddings.encode(rows, dtype)):
+        feature = tf.train.Example.FromString(data).features.feature
+        assert feature["dtype"].bytes_list.value[0] == dtype.encode()
+        numbers = {"int8": "i1", "float16": "<f2"}[dtype]
+        stored = np.frombuffer(feature["embedding"].bytes_list.value[0], numbers)
+        scale = np.float32(feature["scale"].float_list.value[0])
+        np.testing.assert_array_equal(stored * scale, found.embedding[i])
+    one = rows.take(np.array([3]))
+    one.position[:] = 10_000
+    (data,) = embeddings.encode(one, dtype)
+    size = embeddings.record_bytes(33, len(one.ids[0]), dtype=dtype)
+    assert len(data) + records.FRAMING == size
+
+
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
+def test_the_parser_reads_every_dtype(tmp_path, dtype):
+    rows = rows_of(20)
+    path = tmp_path / "a"
+    with path.open("wb") as handle:
+        embeddings.EmbeddingWriter(handle, dtype).write(rows)
+    same(
+        embeddings.decode(list(embeddings.encode(rows, dtype))),
+        embeddings.concatenate(list(embeddings.read(str(path)))),
+    )
+
+
+def test_an_unknown_dtype_is_named():
+    (data,) = embeddings.encode(rows_of(1), "int8")
+    with pytest.raises(InputError, match="int9"):
+        embeddings.decode([data.replace(b"int8", b"int9")])
+
+
 @pytest.fixture
 def no_parser(monkeypatch):
     """TensorFlow's parser is the way for other programs' records: ours need none."""

@@ -25,7 +25,12 @@ def embed_stage(pipeline: beam.Pipeline, run: Run) -> beam.PCollection:
     from tracin_beam.stages.embed import Embed
 
     return pipeline | "Embed" >> Embed(
-        run.output, run.source, run.units, run.explicit_ids, run.config.max_rejected
+        run.output,
+        run.source,
+        run.units,
+        run.explicit_ids,
+        run.config.max_rejected,
+        run.config.embedding_dtype,
     )
 
 

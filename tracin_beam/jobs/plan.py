@@ -94,7 +94,9 @@ def make(config: Config) -> Planned:
     test = _data(run.test, counted.test, len(run.checkpoints), todo) if run.test else None
     dim = run.source.get().engine.dim
     stored = sum(
-        plan.embedding_bytes(dim, shards, count, id_bytes(run.source, shards))
+        plan.embedding_bytes(
+            dim, shards, count, id_bytes(run.source, shards), config.embedding_dtype
+        )
         for shards, count in ((run.train, counted.train), (run.test, counted.test))
     )
     way = None

@@ -48,7 +48,9 @@ def try_out(
             f"take one of {', '.join(projections.names())}."
         )
     parser = BatchParser(task)
-    engine_config = EngineConfig(**config.embedding_flags(), batch_size=config.batch_size)
+    determining = config.embedding_flags()
+    del determining["embedding_dtype"]  # of what is written, not of what is computed
+    engine_config = EngineConfig(**determining, batch_size=config.batch_size)
     sample, loaded = _load(task, parser, engine_config, train)
     # Only now, as building the model may have imported more of the user's modules.
     source = workers.EngineSource(task_source(), engine_config, sample)

@@ -142,8 +142,12 @@ def choose_dim(
                 recall,
                 len(checkpoints)
                 * (
-                    plan.embedding_bytes(dim, train, counts.train, identities[0])
-                    + plan.embedding_bytes(dim, test, counts.test, identities[1])
+                    plan.embedding_bytes(
+                        dim, train, counts.train, identities[0], config.embedding_dtype
+                    )
+                    + plan.embedding_bytes(
+                        dim, test, counts.test, identities[1], config.embedding_dtype
+                    )
                 ),
                 plan.index_bytes(way, counts.train.records, numbers, config.index_rows),
             )

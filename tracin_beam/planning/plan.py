@@ -120,7 +120,7 @@ class Job:
 
 
 def embedding_bytes(
-    dim: int, shards: Sequence[Shard], count: counting.Count, identity: float | None
+    dim: int, shards: Sequence[Shard], count: counting.Count, identity: float | None, dtype: str
 ) -> int:
     """Bytes of a set's embedding files at one checkpoint.
 
@@ -129,13 +129,14 @@ def embedding_bytes(
       shards: of the set.
       count: of their records.
       identity: mean length of an id, or None where ids are made of shards' names and positions.
+      dtype: of the embeddings on disk.
     """
     total = 0.0
     for shard, number in zip(shards, count.records, strict=True):
         # Most positions have as many digits.
         length = len(f"{shard.name}#{number // 2}") if identity is None else identity
         whole = int(length)
-        total += number * (embeddings.record_bytes(dim, whole) + length - whole)
+        total += number * (embeddings.record_bytes(dim, whole, dtype=dtype) + length - whole)
     return round(total)
 
 

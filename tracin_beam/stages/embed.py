@@ -157,8 +157,11 @@ def embed_unit(
     unit: Unit,
     max_rejected: float,
     tally: Tally,
+    dtype: str = "float32",
 ) -> UnitResult:
     """Writes a unit's embedding file, and then its mark; the tally takes what it cost.
+
+    The numbers are stored as `dtype`, one of `embeddings.DTYPES`.
 
     Raises:
       InputError: too many of the first records cannot be used, which rejected/ then tells of; or
@@ -184,7 +187,7 @@ def embed_unit(
         files.atomic_write(path) as handle,
         progress.piece("embedding", unit.shard.size) as piece,
     ):
-        writer = embeddings.EmbeddingWriter(handle)
+        writer = embeddings.EmbeddingWriter(handle, dtype)
         # Reading and parsing, computing, and writing each have a thread.
         for rows, refused in ahead(
             embed_records(loaded, unit.checkpoint, unit.target, unit.shard.name, counted(), tally)
@@ -231,16 +234,21 @@ def too_many(
 class EmbedUnit(beam.DoFn):
     """Unit → UnitResult."""
 
-    def __init__(self, output: Output, source: EngineSource, max_rejected: float) -> None:
+    def __init__(
+        self, output: Output, source: EngineSource, max_rejected: float, dtype: str
+    ) -> None:
         self._output = output
         self._source = source
         self._max_rejected = max_rejected
+        self._dtype = dtype
         self._counters = Counters("embed", *_COUNTED)
 
     def process(self, unit: Unit) -> Iterator[UnitResult]:
         result, verb, tally = runs.read_unit(self._output, unit), "found", Tally()
         if result is None:
-            result = embed_unit(self._output, self._source, unit, self._max_rejected, tally)
+            result = embed_unit(
+                self._output, self._source, unit, self._max_rejected, tally, self._dtype
+            )
             verb = "embedded"
         else:
             progress.skip("embedding", unit.shard.size)
@@ -269,6 +277,7 @@ class Embed(beam.PTransform):
       units: all there are, in the order of shards and checkpoints.
       explicit_ids: whether the task's parse gives ids, which may then be duplicates.
       max_rejected: share of the records of a set that may be unusable.
+      dtype: of the embeddings on disk, one of `embeddings.DTYPES`.
     """
 
     output: Output
@@ -276,13 +285,15 @@ class Embed(beam.PTransform):
     units: Sequence[Unit]
     explicit_ids: bool
     max_rejected: float
+    dtype: str = "float32"
 
     def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
         results = (
             pipeline
             | "Units" >> beam.Create(list(self.units), reshuffle=False)
             | "FanOut" >> beam.Reshuffle()
-            | "EmbedUnit" >> beam.ParDo(EmbedUnit(self.output, self.source, self.max_rejected))
+            | "EmbedUnit"
+            >> beam.ParDo(EmbedUnit(self.output, self.source, self.max_rejected, self.dtype))
         )
         shards = (
             results

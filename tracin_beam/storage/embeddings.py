@@ -119,9 +119,7 @@ FLOATS = tuple(column.attribute for column in COLUMNS if column.kind == "float")
 COMPUTED = tuple(column.attribute for column in _FIXED)
 
 
-def record_bytes(
-    dim: int, identity: int, position: int = 10_000, *, dtype: str = "float32"
-) -> int:
+def record_bytes(dim: int, identity: int, position: int = 10_000, *, dtype: str = "float32") -> int:
     """Bytes of a record in an embedding file, with its framing.
 
     Args:
