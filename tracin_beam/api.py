@@ -105,7 +105,7 @@ class FinishedRun:
 
             names = self.task.label_names
             places = places_shown(rows, reading(rows, state, names), max_tests=1)
-            shown = write.shown_at(BatchParser(self.task), places)
+            shown = write.shown_at(BatchParser(self.task), places, self.task.show)
         return influence_page(rows, shown, state, label_names=names, max_tests=1)
 
     def _repr_html_(self) -> str:

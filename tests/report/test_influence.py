@@ -40,6 +40,18 @@ class TestInfluencePage:
         assert all(image["class"] == "pixelated" for image in images)
         assert "Muddy <b>waters</b>" in page.text
 
+    def test_shows_features_as_tables_and_plays_sounds(self):
+        sound = show_features(np.zeros(8000, np.int16), b"")
+        shown = {
+            ("train.tfrecord", 1): Shown("features", (("rooms", "3"), (HOSTILE, HOSTILE))),
+            ("train.tfrecord", 2): sound,
+        }
+        page = Page(influence_page(table(0), shown, RUN))
+        assert len(page.all("table")) == 2  # as a proponent and as an opponent
+        assert "rooms" in page.text
+        assert not page.all("script")
+        assert {audio["src"] for audio in page.all("audio")} == {sound.content}
+
     def test_escapes_whatever_is_not_ours(self):
         rows = table(0, test_id=HOSTILE, train_id=HOSTILE)
         shown = {("test.tfrecord", 0): Shown("text", HOSTILE)}

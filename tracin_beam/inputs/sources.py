@@ -352,7 +352,7 @@ class _Quiet(ast.NodeTransformer):
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
         if name == "Task":
             node.keywords = [
-                k for k in node.keywords if k.arg not in ("label_names", "files", "relabel")
+                k for k in node.keywords if k.arg not in ("label_names", "files", "relabel", "show")
             ]
             node.args = node.args[:4]
         return self.generic_visit(node)

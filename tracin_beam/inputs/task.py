@@ -62,6 +62,11 @@ class Task:
         `Task(…)` itself.
       relabel: a function from a serialised record and a label to the record with that label, for
         `quality apply`. Without it a feature of a `tf.train.Example` is rewritten.
+      show: what reports show of an example: a function of its features, in NumPy and without a
+        batch dimension, and of its serialised record, `bytes`. It gives a picture (an array [H, W],
+        [H, W, 1], [H, W, 3] or [H, W, 4], or a PIL image), a text, a table of features (a mapping
+        from name to value), or a sound (samples and their number in a second). By default shapes
+        and dtypes suggest it. Embeddings do not depend on it.
 
     Example:
 
@@ -84,6 +89,7 @@ class Task:
     kind: str | None = None
     files: Sequence[str] = ()
     relabel: Callable[[bytes, float], bytes] | None = None
+    show: Callable[[Any, bytes], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:

@@ -1,43 +1,129 @@
-"""One example as a reader sees it: a picture, a text, or its numbers."""
+"""One example as a reader sees it: a picture, a text, a table of its features, or a sound."""
 
 import base64
 import io
+import logging
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+import wave
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from tracin_beam.report import words
+
 LONGEST_TEXT = 400  # characters
+MOST_FEATURES = 32  # rows of a table
 _SIDES = (4, 2048)  # pixels: what may be a picture
 _LARGEST_PICTURE = 256  # pixels: larger ones are scaled down, a page holds hundreds
 _PIXELATED_UP_TO = 64  # pixels: below this a reader wants to see the pixels
 _NOT_CONTENT = {"id", "label"}  # features of a tf.train.Example that a report shows elsewhere
+_SHORTEST_SOUND = 4000  # samples: a shorter vector is taken for a table's row
+_GUESSED_RATE = 16_000  # of what looks like a sound
+_LONGEST_SOUND = 4  # seconds
+_RATE = 8_000  # samples a second that a page plays; faster ones are thinned out
+
+_log = logging.getLogger(__name__)
+
+Show = Callable[[Any, bytes], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shown:
     """What a report shows for one example.
 
     Attributes:
-      kind: "image" or "text".
-      content: for an image a `data:image/png;base64,…` URI, for text the text itself, unescaped.
-      pixelated: the image is so small that it is to be enlarged without smoothing.
+      kind: "image", "text", "features" or "audio".
+      value: of an image uint8 pixels [H, W], [H, W, 3] or [H, W, 4]; the text itself, unescaped; of
+        features (name, value) pairs, both unescaped text; of a sound int16 samples [n] at 8 kHz.
     """
 
-    kind: Literal["image", "text"]
-    content: str
-    pixelated: bool = False
+    kind: Literal["image", "text", "features", "audio"]
+    value: Any
+
+    @property
+    def pixelated(self) -> bool:
+        """Whether it is a picture so small that it is to be enlarged without smoothing."""
+        return self.kind == "image" and max(self.value.shape[:2]) <= _PIXELATED_UP_TO
+
+    @property
+    def content(self) -> str:
+        """Text, or a picture or a sound as a `data:` URI."""
+        if self.kind == "image":
+            png = io.BytesIO()
+            Image.fromarray(self.value).save(png, "PNG", optimize=True)
+            return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
+        if self.kind == "audio":
+            return "data:audio/wav;base64," + base64.b64encode(self.wav).decode("ascii")
+        if self.kind == "features":
+            return ", ".join(f"{name}: {value}" for name, value in self.value)
+        return str(self.value)
+
+    @property
+    def wav(self) -> bytes:
+        """A sound as a file, of eight bits a sample."""
+        file = io.BytesIO()
+        with wave.open(file, "wb") as writer:
+            writer.setnchannels(1)
+            writer.setsampwidth(1)
+            writer.setframerate(_RATE)
+            writer.writeframes(
+                ((self.value.astype(np.int32) + 32768) >> 8).astype(np.uint8).tobytes()
+            )
+        return file.getvalue()
+
+
+def show_example(features: Any, raw: bytes, show: Show | None = None) -> Shown:
+    """Shows one example as its task says, or as `show_features` guesses.
+
+    Args:
+      features: one example's parsed features without a batch dimension.
+      raw: the serialized record.
+      show: `Task.show`, or None. Where it fails the guess is shown, and a warning logged.
+    """
+    if show is None:
+        return show_features(features, raw)
+    try:
+        return _shown(show(features, raw))
+    except Exception as error:
+        _log.warning(
+            "Task.show failed for an example, which is shown as shapes and dtypes suggest: %s: %s",
+            type(error).__name__,
+            words.shown(error),
+        )
+        return show_features(features, raw)
+
+
+def _shown(value: Any) -> Shown:
+    """What a task's `show` gave: see `Task`."""
+    if isinstance(value, str | bytes):
+        return Shown("text", _cut(_value(value)))
+    if isinstance(value, Image.Image):
+        return _picture(np.asarray(value if value.mode in ("L", "RGBA") else value.convert("RGB")))
+    if isinstance(value, Mapping):
+        return _table(_named(value))
+    if isinstance(value, tuple) and len(value) == 2 and np.ndim(value[1]) == 0:
+        return _sound(np.asarray(value[0]), float(value[1]))
+    array = np.asarray(value)
+    if _is_picture(array):
+        return _picture(array)
+    raise TypeError(
+        f"it gave {type(value).__name__} of shape {array.shape}, which is no picture [H, W], "
+        "[H, W, 1], [H, W, 3] or [H, W, 4], no text, no mapping and no (samples, rate)"
+    )
 
 
 def show_features(features: Any, raw: bytes) -> Shown:
-    """Shows one example.
+    """Shows one example by a guess from shapes and dtypes.
 
-    An array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] with sides of 4 to 2048 is a picture.
-    Otherwise string features are shown as text; failing that, text found in the record itself
-    (models mostly get token ids, whose text often still stands beside them); failing that, numbers.
+    An array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] with sides of 4 to 2048 is a picture. A
+    vector of thousands of integers of 16 bits, or of numbers on both sides of 0 and within
+    [-1, 1], is a sound at 16 kHz. A string alone is a text; several features with a string among
+    them are a table. Otherwise text found in the record itself is shown (models mostly get token
+    ids, whose text often still stands beside them); failing that, a table of numbers.
 
     Args:
       features: one example's parsed features without a batch dimension: an array, or a mapping or
@@ -48,9 +134,13 @@ def show_features(features: Any, raw: bytes) -> Shown:
     for array in named.values():
         if _is_picture(array):
             return _picture(array)
+    for array in named.values():
+        if _is_sound(array):
+            return _sound(array, _GUESSED_RATE)
     if any(_is_text(array) for array in named.values()):
-        return Shown("text", _cut(_written(named)))
-    return Shown("text", _cut(_text_in_record(raw) or _written(named)))
+        return Shown("text", _cut(_written(named))) if len(named) == 1 else _table(named)
+    text = _text_in_record(raw)
+    return Shown("text", _cut(text)) if text else _table(named)
 
 
 def _named(features: Any) -> dict[str, np.ndarray]:
@@ -75,14 +165,63 @@ def _is_picture(array: np.ndarray) -> bool:
     )
 
 
+def _is_sound(array: np.ndarray) -> bool:
+    if array.size != max(array.shape, default=0) or array.size < _SHORTEST_SOUND:
+        return False
+    if array.dtype == np.int16:
+        return True
+    return (
+        array.dtype.kind == "f"
+        and bool(np.isfinite(array).all())
+        and -1 <= float(array.min()) < 0 < float(array.max()) <= 1
+    )
+
+
+def _sound(samples: np.ndarray, rate: float) -> Shown:
+    """Samples [n], or [n, channels] whose mean is taken, as int16 at the page's rate."""
+    if samples.dtype.kind not in "iuf" or samples.ndim not in (1, 2) or not rate > 0:
+        raise TypeError(
+            f"samples of {samples.dtype} {samples.shape} at a rate of {rate} are no sound"
+        )
+    values = samples.astype(np.float64)
+    if samples.dtype == np.uint8:
+        values = values / 128 - 1
+    elif samples.dtype.kind in "iu":
+        values = values / float(np.iinfo(samples.dtype).max)
+    if values.ndim == 2:
+        values = values.mean(axis=1)
+    values = np.nan_to_num(values[: int(rate * _LONGEST_SOUND)]).clip(-1, 1)
+    seconds = len(values) / rate
+    ends = np.linspace(0, len(values), max(1, round(seconds * _RATE)) + 1).astype(int)
+    if rate > _RATE and len(values):  # the mean of what falls together keeps whistles away
+        sums = np.concatenate([[0.0], values.cumsum()])
+        values = np.diff(sums[ends]) / np.diff(ends).clip(1)
+    elif len(values):
+        values = values[ends[:-1]]
+    return Shown("audio", (values * 32767).round().astype(np.int16))
+
+
+def _table(named: Mapping[str, np.ndarray]) -> Shown:
+    """Features by name; the values of a single vector by their number."""
+    if len(named) == 1 and (only := next(iter(named.values()))).ndim == 1 and only.size > 1:
+        name = next(iter(named))
+        prefix = f"{name} " if name else ""
+        rows = [(f"{prefix}{i}", _value(v)) for i, v in enumerate(only[:MOST_FEATURES].tolist())]
+        hidden = only.size - len(rows)
+    else:
+        items = list(named.items())
+        rows = [(name or "value", _values(array)) for name, array in items[:MOST_FEATURES]]
+        hidden = len(items) - len(rows)
+    if hidden:
+        rows.append(("…", f"and {hidden:,} more"))
+    return Shown("features", tuple((_cut(name), _cut(value)) for name, value in rows))
+
+
 def _picture(array: np.ndarray) -> Shown:
     pixels = _to_bytes(array)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
     image.thumbnail((_LARGEST_PICTURE, _LARGEST_PICTURE), Image.Resampling.LANCZOS)
-    png = io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
-    return Shown("image", uri, pixelated=max(array.shape[:2]) <= _PIXELATED_UP_TO)
+    return Shown("image", np.asarray(image))
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:
@@ -160,5 +299,6 @@ def _clean(text: str) -> str:
 
 
 def _cut(text: str) -> str:
-    text = _clean(text)
+    # Reviews and scraped pages come with marks of HTML's lines, which are no words.
+    text = _clean(re.sub(r"(?i)\s*<br\s*/?>\s*", "\n", text[: 4 * LONGEST_TEXT]))
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1].rstrip() + "…"

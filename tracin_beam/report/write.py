@@ -1,6 +1,7 @@
 """Fetches the examples that a report shows, and writes it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracin_beam.gradients import nests
@@ -8,13 +9,15 @@ from tracin_beam.inputs import formats
 from tracin_beam.report import excerpt
 from tracin_beam.report.explanations import Place, places_shown, reading
 from tracin_beam.report.influence import influence_page
-from tracin_beam.report.show import Shown, show_features
+from tracin_beam.report.show import Show, Shown, show_example
 from tracin_beam.storage import files, records
 from tracin_beam.storage.runs import Output
 
 if TYPE_CHECKING:
     from tracin_beam.gradients.engine import Batch
     from tracin_beam.stages.workers import Loaded
+
+_AT_ONCE = 256  # examples parsed together
 
 
 def write_influence_report(
@@ -35,7 +38,7 @@ def write_influence_report(
     places = places_shown(rows, reading(rows, state, names), max_tests=max_tests)
     page = influence_page(
         rows,
-        shown_at(loaded.parse, places),
+        shown_at(loaded.parse, places, loaded.task.show),
         state,
         label_names=names,
         max_tests=max_tests,
@@ -46,19 +49,41 @@ def write_influence_report(
     return handle.stamp
 
 
-def shown_at(parse: "Callable[[Sequence[bytes]], Batch]", places: set[Place]) -> dict[Place, Shown]:
-    """What to show of examples.
+def shown_at(
+    parse: "Callable[[Sequence[bytes]], Batch]", places: Collection[Place], show: Show | None
+) -> dict[Place, Shown]:
+    """What to show of examples; those that cannot be read or parsed are left out.
 
     Args:
       parse: makes a batch of serialised records.
       places: (shard, position) of each example.
+      show: `Task.show`, or None.
     """
+    wanted: dict[str, set[int]] = {}
+    for path, position in places:
+        wanted.setdefault(path, set()).add(position)
     shown = {}
-    for path in sorted({path for path, _ in places}):
-        wanted = {position for other, position in places if other == path}
-        for record in formats.read_at(path, wanted):
-            if isinstance(record, records.Record):
-                features = parse([record.data]).features
-                features = nests.map_present(lambda x: x[0].numpy(), features)
-                shown[path, record.position] = show_features(features, record.data)
+    for path in sorted(wanted):
+        there = (r for r in formats.read_at(path, wanted[path]) if isinstance(r, records.Record))
+        while batch := list(itertools.islice(there, _AT_ONCE)):
+            for record, features in zip(batch, _features(parse, batch), strict=True):
+                if features is not None:
+                    shown[path, record.position] = show_example(features, record.data, show)
     return shown
+
+
+def _features(
+    parse: "Callable[[Sequence[bytes]], Batch]", batch: "Sequence[records.Record]"
+) -> list[Any]:
+    """The features of each record in NumPy; None of one that does not parse."""
+    try:
+        features = nests.map_present(lambda x: x.numpy(), parse([r.data for r in batch]).features)
+        return [_one(features, index) for index in range(len(batch))]
+    except Exception:
+        if len(batch) == 1:
+            return [None]
+        return [one for record in batch for one in _features(parse, [record])]
+
+
+def _one(features: Any, index: int) -> Any:
+    return nests.map_present(lambda x: x[index], features)
