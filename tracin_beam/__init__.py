@@ -7,7 +7,7 @@ from tracin_beam._version import __version__
 from tracin_beam.errors import InputError
 
 if TYPE_CHECKING:
-    from tracin_beam.api import embed, influence, open, plan, self_influence
+    from tracin_beam.api import embed, influence, open, plan, quality, self_influence
     from tracin_beam.inputs.callback import TracInCheckpoint, save_checkpoint
     from tracin_beam.inputs.shards import Parser, write_shards
     from tracin_beam.inputs.task import Task
@@ -22,6 +22,7 @@ __all__ = [
     "influence",
     "open",
     "plan",
+    "quality",
     "save_checkpoint",
     "self_influence",
     "write_shards",
@@ -33,6 +34,7 @@ _LAZY = {
     "influence": "api",
     "open": "api",
     "plan": "api",
+    "quality": "api",
     "self_influence": "api",
     "Task": "inputs.task",
     "TracInCheckpoint": "inputs.callback",

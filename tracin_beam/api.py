@@ -325,6 +325,33 @@ def self_influence(
     return dataclasses.replace(run.self_influence(), note=note)
 
 
+def quality(
+    task: "Task | str",
+    *,
+    checkpoints: Value,
+    train: Value | Sequence[Value],
+    output: Value,
+    options: Options = None,
+    progress: bool = True,
+    **flags: Value | Sequence[Value],
+) -> Result:
+    """Looks for what is wrong with the training data, and writes `<output>/quality/<date>/`.
+
+    Args and errors are those of `influence`, without a test set; and `date`, such as "2026-11-22",
+    by default today's. Gates are told in `metrics.json`, and raise nothing.
+
+    Example:
+
+      >>> import os, tracin_beam
+      >>> night = tracin_beam.quality(**example_inputs, date="2026-11-22", progress=False)
+      >>> sorted(os.listdir(f"{example_inputs['output']}/quality/2026-11-22"))[-2:]
+      ['signals.parquet', 'suspects.parquet']
+    """
+    inputs = {"checkpoints": checkpoints, "train": train, "output": output}
+    run, note = _run("quality", task, {**inputs, **flags}, options, progress)
+    return Result(run, note=note)
+
+
 def embed(
     task: "Task | str",
     *,

@@ -10,13 +10,13 @@ from datetime import UTC, datetime, timedelta
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
-JOB = "self_influence"
+JOB = "quality"
 PYTHON = "/opt/tracin-beam/bin/python"
 CONFIG = "/etc/tracin-beam/nightly.yaml"
 
 with DAG(
     dag_id="tracin_beam_nightly",
-    description="Self-influence of all training examples, embedding those of the day",
+    description="What is wrong with the training data, embedding that of the day",
     schedule="15 2 * * *",
     start_date=datetime(2026, 1, 1, tzinfo=UTC),
     catchup=False,  # one run takes all that has arrived since the last

@@ -7,7 +7,7 @@
 # 124 for one that took longer than LIMIT.
 set -euo pipefail
 
-JOB=${JOB:-self_influence}
+JOB=${JOB:-quality}
 CONFIG=${CONFIG:-/etc/tracin-beam/nightly.yaml}
 PYTHON=${PYTHON:-/opt/tracin-beam/bin/python}
 STATE=${STATE:-/var/lib/tracin-beam}  # the lock, and a log for each day

@@ -77,7 +77,7 @@ def check_flags(argv):
     names = {flag.split("=")[0] for flag in written}
     unknown = names - set(parser._option_string_actions)
     assert not unknown
-    config, beam_options = options.parse(argv, JOBS["self_influence"])
+    config, beam_options = options.parse(argv, JOBS["quality"])
     return config, beam_options.get_all_options()
 
 

@@ -97,7 +97,7 @@ class TestScript:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         (log,) = (tmp_path / "state" / "log").iterdir()
         _, *argv, _ = log.read_text().splitlines()
-        assert argv[:4] == ["-m", "tracin_beam", "self_influence", "--config"]
+        assert argv[:4] == ["-m", "tracin_beam", "quality", "--config"]
         config, _ = check_flags([f"--config={argv[4]}", *argv[5:]])
         assert config.dim == 64
 
@@ -133,7 +133,7 @@ class TestScript:
 
         arrive("2026-11-21")
         arrive("2026-11-22")
-        assert launch("self_influence", **flags) == 0
+        assert launch("quality", date="2026-11-22", **flags) == 0
         before = snapshot(tiny.out / "embeddings")
         arrive("2026-11-23")
         done = script(tmp_path, *(f"--{name}={value}" for name, value in flags.items()))
@@ -141,7 +141,8 @@ class TestScript:
         after = snapshot(tiny.out / "embeddings")
         assert before.items() <= after.items()
         assert len(after) == len(before) * 3 // 2
-        ids = pq.read_table(tiny.out / "self_influence").column("id").to_pylist()
+        night = sorted((tiny.out / "quality").glob("20*"))[-1]
+        ids = pq.read_table(night / "signals.parquet").column("id").to_pylist()
         assert len(set(ids)) == 24
 
 

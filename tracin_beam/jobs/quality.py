@@ -69,12 +69,11 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
         )
     date, conditions = date_of(run), _conditions(run)
     results = graphs.embed_stage(pipeline, run)
-    fingerprints = run.shard_fingerprints
     what = Night(
         run.output,
         run.source,
         run.checkpoints,
-        {shard.path: fingerprints[shard.path] for shard in run.train},
+        {(u.shard.path, u.checkpoint.step): u.fingerprint for u in run.units},
         kind,
     )
     parts, duplicates = judge(results, what)

@@ -51,14 +51,14 @@ class Night:
       output: the output directory.
       source: the engine.
       checkpoints: in training order.
-      shards: fingerprint of every training shard's embeddings, by path.
+      units: fingerprint of every training shard's embeddings, by its path and the step.
       kind: of the task: "classification", "multilabel" or "regression".
     """
 
     output: Output
     source: EngineSource
     checkpoints: tuple[CheckpointFile, ...]
-    shards: Mapping[str, str]
+    units: Mapping[tuple[str, int], str]
     kind: str
 
     @property
@@ -120,7 +120,10 @@ class WriteFeatures(beam.DoFn):
         mark = path + ".json"
         wanted = place in night.places
         fingerprint = runs.digest(
-            [night.shards[result.shard.path], result.excluded, _VERSION, wanted, night.kind]
+            [
+                night.units[result.shard.path, night.checkpoints[place].step],
+                *(result.excluded, _VERSION, wanted, night.kind),
+            ]
         )
         if marks.read(mark, night.output.root, fingerprint, {path}) is None:
             files.remove([mark])
