@@ -175,7 +175,7 @@ class Broadcast(keras.losses.Loss):
         (contrastive, 3, "contrastive: the loss of an example is"),
         (in_batch_softmax, 3, "in_batch_softmax"),
         (pairwise, 1, "pairwise"),
-        (hardest, 3, "hardest: the gradient for an example alone is another one"),
+        (hardest, 3, "hardest: the gradient for an example"),
         (keras.losses.Circle(), 3, "circle: .* in a batch of 8. TracIn needs"),
         (Broadcast(), 1, r"Broadcast.*Labels of shape \(8,\) and outputs of shape \(8, 1\)"),
     ],
