@@ -29,7 +29,8 @@ def write_run(run: "Run", entries: dict[str, Any], *, anew: bool = False) -> dic
 
 def _merge_run(run: "Run", entries: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     described = {
-        "method": methods.of_preconditioner(run.config.preconditioner),
+        # Queries alone are preconditioned.
+        "method": methods.of_preconditioner(run.config.preconditioner if run.test else "none"),
         "config": run.config.recorded(),
         "versions": _versions(),
         "fingerprint": run.fingerprint,

@@ -1,5 +1,6 @@
 """The job `self_influence`: how much each training example lowers its own loss."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,11 +12,15 @@ from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
 from tracin_beam.storage import runs
 
+_log = logging.getLogger(__name__)
+
 
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
     """Embeds, and makes a table of each training shard."""
     from tracin_beam.stages.self_influence import SelfInfluence
 
+    if run.config.preconditioner != "none":
+        _log.warning("--preconditioner is for influence: self-influence here is TracInCP's")
     results = graphs.embed_stage(pipeline, run)
     fingerprints = run.shard_fingerprints
     made = results | "SelfInfluence" >> SelfInfluence(
