@@ -88,10 +88,13 @@ def test_a_function_that_is_interrupted_leaves_nothing_unfinished(tmp_path, monk
             # The worker goes on, while the main thread is told.
             time.sleep(0.3)
 
+    # A shell lets what it starts in the background ignore it.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(embeddings.EmbeddingWriter, "write", write)
         with pytest.raises(KeyboardInterrupt):
             tracin_beam.self_influence(**job.flags("self_influence"), progress=False)
+    signal.signal(signal.SIGINT, earlier)
     there = t.snapshot(job.out)
     assert not list(job.out.rglob(".*.tmp"))
     assert not list((job.out / "_state").rglob("*.json"))
