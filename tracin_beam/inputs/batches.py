@@ -19,7 +19,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tracin_beam.errors import InputError
-from tracin_beam.inputs.checkpoints import WEIGHTS, read_checkpoints
+from tracin_beam.inputs.checkpoints import WEIGHTS, Checkpoint, read_checkpoints
 from tracin_beam.storage import files, tables
 
 _FOLDER = "batches"
@@ -139,8 +139,9 @@ def read(directory: str) -> list[Recorded]:
     Raises:
       InputError: some step is not recorded.
     """
-    steps = list(_steps(directory))
-    missing = set(range(1, read_checkpoints(directory)[-1].step + 1)) - {s.step for s in steps}
+    checkpoints = read_checkpoints(directory)
+    steps = list(_steps(directory, checkpoints))
+    missing = set(range(1, checkpoints[-1].step + 1)) - {s.step for s in steps}
     if missing:
         raise InputError(
             f"{directory} does not record which examples step {min(missing)} used: train with "
@@ -149,8 +150,8 @@ def read(directory: str) -> list[Recorded]:
     return steps
 
 
-def _steps(directory: str) -> Iterator[Recorded]:
-    for checkpoint in read_checkpoints(directory):
+def _steps(directory: str, checkpoints: Sequence[Checkpoint]) -> Iterator[Recorded]:
+    for checkpoint in checkpoints:
         path = files.join(directory, _FOLDER, f"{checkpoint.step:08d}.parquet")
         if files.exists(path):
             for row in tables.read(path).to_pylist():

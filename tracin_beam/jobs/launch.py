@@ -32,11 +32,28 @@ def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status, as `ends` gives it.
     """
-    job, prog = JOBS[name], prog or installed_as(name)
+    return command(JOBS[name], prog, argv, _run)
+
+
+def command(
+    job: Job,
+    prog: str,
+    argv: Sequence[str] | None,
+    body: Callable[[Job, str, Sequence[str]], int],
+) -> int:
+    """Runs a body of one's own for a job's command line; the rest is as of `main`.
+
+    Args:
+      job: which one.
+      prog: as of `main`.
+      argv: as of `main`.
+      body: from the job, what it is called and its flags to the exit status.
+    """
+    prog = prog or installed_as(job.name)
     argv = list(sys.argv[1:] if argv is None else argv)
     if options.wants_help(argv, prog, job):
         return 0
-    return ends(prog, lambda: _run(job, prog, argv))
+    return ends(prog, lambda: body(job, prog, argv))
 
 
 def _run(job: Job, prog: str, argv: Sequence[str]) -> int:

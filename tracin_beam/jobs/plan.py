@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from apache_beam.io.filesystems import FileSystems
 from tracin_beam.config import Config
 from tracin_beam.jobs import launch, options, preflight
 from tracin_beam.jobs.preflight import CheckedRun
-from tracin_beam.jobs.registry import JOBS, Job, installed_as
+from tracin_beam.jobs.registry import JOBS, Job
 from tracin_beam.stages import progress
 from tracin_beam.storage import runs
 from tracin_beam.storage.runs import Shard, Unit
@@ -53,14 +52,10 @@ class Planned:
 
 def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
     """Prints a plan. Arguments and result are those of `launch.main`."""
-    job, prog = JOBS[name], prog or installed_as(name)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if options.wants_help(argv, prog, job):
-        return 0
-    return launch.ends(prog, lambda: _print(job, argv, prog))
+    return launch.command(JOBS[name], prog, argv, _print)
 
 
-def _print(job: Job, argv: Sequence[str], prog: str) -> int:
+def _print(job: Job, prog: str, argv: Sequence[str]) -> int:
     config, beam_options = options.parse(argv, job, prog)
     launch.set_up_logging()
     FileSystems.set_options(beam_options)

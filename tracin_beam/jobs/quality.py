@@ -1,7 +1,8 @@
 """The job `quality`: a night's look at the training data, and what of it is wrong."""
 
+import collections
 import datetime
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -117,17 +118,23 @@ def write_night(
 
     folder = output.path("quality", date)
 
+    rows: list[dict[str, Any]] = [dict(row) for row in duplicates]
+    wrong = collections.Counter[str]()
+
     def pieces() -> Iterator[pa.Table]:
         for shard in sorted(parts):
             yield tables.read(parts[shard][0])
 
-    stamps = {
-        "signals.parquet": sinks.write_parquet(
-            files.join(folder, "signals.parquet"), SIGNALS, pieces()
-        )
-    }
+    def looked_at() -> Iterator[pa.Table]:
+        for piece in pieces():
+            rows.extend(_mislabelled(piece, kind))
+            if kind == "classification":
+                wrong.update(_range(piece))
+            yield piece
+
+    path = files.join(folder, "signals.parquet")
+    stamps = {"signals.parquet": sinks.write_parquet(path, SIGNALS, looked_at())}
     earlier = _earlier(output, date)
-    rows: list[dict[str, Any]] = [*_mislabelled(pieces(), kind), *map(dict, duplicates)]
     for row in rows:
         key = (row["id"], row["kind"], row["content_hash"])
         row["first_seen"] = earlier.get(key, date)
@@ -144,7 +151,7 @@ def write_night(
         found,
         conditions,
         pieces(),
-        _range(pieces()) if kind == "classification" else {},
+        wrong,
         {"new": sum(key not in earlier for key in now), "gone": len(earlier.keys() - now)},
     )
     for name in _FILES:
@@ -162,41 +169,38 @@ def _earlier(output: Output, date: str) -> dict[tuple[Any, ...], str]:
     return {(r["id"], r["kind"], r["content_hash"]): r["first_seen"] for r in rows}
 
 
-def _mislabelled(pieces: Iterable[pa.Table], kind: str) -> Iterator[dict[str, Any]]:
+def _mislabelled(piece: pa.Table, kind: str) -> Iterator[dict[str, Any]]:
     """The examples of which another label is likelier than their own.
 
     Of a regression: whose target is further from what the others say than three times the usual.
     """
-    for piece in pieces:
-        if kind == "classification":
-            suspect = pc.greater(piece["best_other_ratio"], 1.0)
-        else:
-            suspect = pc.greater(piece["mislabel_score"], 0.75 if kind == "regression" else 0.5)
-        for row in piece.filter(pc.fill_null(suspect, False)).to_pylist():
-            score = row["mislabel_score"]
-            yield {
-                **{name: row[name] for name in SUSPECTS.names if name in row},
-                "kind": "mislabelled",
-                "score": score,
-                "confidence": score,
-                "supporting_ids": [],
-            }
+    if kind == "classification":
+        suspect = pc.greater(piece["best_other_ratio"], 1.0)
+    else:
+        suspect = pc.greater(piece["mislabel_score"], 0.75 if kind == "regression" else 0.5)
+    for row in piece.filter(pc.fill_null(suspect, False)).to_pylist():
+        score = row["mislabel_score"]
+        yield {
+            **{name: row[name] for name in SUSPECTS.names if name in row},
+            "kind": "mislabelled",
+            "score": score,
+            "confidence": score,
+            "supporting_ids": [],
+        }
 
 
-def _range(pieces: Iterable[pa.Table]) -> dict[str, float]:
+def _range(piece: pa.Table) -> dict[str, int]:
     """Between which numbers the wrong labels are.
 
     Above, those whose own label is less likely than another by `mislabel`; below, those of them
     that the network itself does not predict as given, although it has seen their label.
     """
-    low = high = 0
-    for piece in pieces:
-        ratio = piece["best_other_ratio"].to_numpy()
-        other = np.nan_to_num(ratio) > 1
-        unlike = piece["prediction"].to_numpy() != piece["label"].to_numpy()
-        high += int(other.sum())
-        low += int((other & unlike).sum())
-    return {"wrong_labels_low": low, "wrong_labels_high": high}
+    other = np.nan_to_num(piece["best_other_ratio"].to_numpy()) > 1
+    unlike = piece["prediction"].to_numpy() != piece["label"].to_numpy()
+    return {
+        "wrong_labels_low": int((other & unlike).sum()),
+        "wrong_labels_high": int(other.sum()),
+    }
 
 
 def _made_by(run: Run) -> list[object]:
@@ -206,7 +210,6 @@ def _made_by(run: Run) -> list[object]:
 
 
 def _results(run: Run) -> Iterator[str]:
-    _conditions(run)
     return (run.output.path("quality", date_of(run), name) for name in _FILES)
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.inputs import formats
 from tracin_beam.inputs.task import check_keras, load_task
 from tracin_beam.jobs import dataflow, launch, options
-from tracin_beam.jobs.registry import COMMANDS, Job, installed_as
+from tracin_beam.jobs.registry import COMMANDS, Job
 from tracin_beam.storage import files, leases, runs, tables, verdicts
 from tracin_beam.storage.runs import Output, Shard
 
@@ -30,11 +29,7 @@ _SAMPLE = 256  # records by whose labels the feature of the label is found
 
 def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
     """Cleans shards. Arguments and result are those of `launch.main`."""
-    job, prog = COMMANDS[name], prog or installed_as(name)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if options.wants_help(argv, prog, job):
-        return 0
-    return launch.ends(prog, lambda: _run(job, prog, argv))
+    return launch.command(COMMANDS[name], prog, argv, _run)
 
 
 def _run(job: Job, prog: str, argv: Sequence[str]) -> int:

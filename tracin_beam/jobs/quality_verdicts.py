@@ -1,25 +1,20 @@
 """`tracin-beam quality verdicts`: merges files of verdicts into the ledger, or tells of it."""
 
 import collections
-import sys
 from collections.abc import Sequence
 
 from apache_beam.io.filesystems import FileSystems
 
 from tracin_beam.errors import InputError
 from tracin_beam.jobs import launch, options
-from tracin_beam.jobs.registry import COMMANDS, Job, installed_as
+from tracin_beam.jobs.registry import COMMANDS, Job
 from tracin_beam.storage import files, patterns, verdicts
 from tracin_beam.storage.runs import Output
 
 
 def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
     """Adds verdicts. Arguments and result are those of `launch.main`."""
-    job, prog = COMMANDS[name], prog or installed_as(name)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if options.wants_help(argv, prog, job):
-        return 0
-    return launch.ends(prog, lambda: _run(job, prog, argv))
+    return launch.command(COMMANDS[name], prog, argv, _run)
 
 
 def _run(job: Job, prog: str, argv: Sequence[str]) -> int:

@@ -204,10 +204,10 @@ class _Losses:
             )
         return in_keras_thread(lambda: self._functions[name](flat, *more))
 
-    def _losses(self, given: Any, batch: Batch) -> tf.Tensor:
+    def _losses(self, given: Any, batch: Batch, training: bool = False) -> tf.Tensor:
         structure = (batch.features, batch.label, batch.sample_weight)
         features, label, weight = nests.repack(structure, given[0])
-        return self._compute(label, self._model(features, training=False), weight)
+        return self._compute(label, self._model(features, training=training), weight)
 
     def _gradient(self, given: Any, batch: Batch) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
@@ -223,11 +223,8 @@ class _Losses:
         return products
 
     def _trained(self, given: Any, batch: Batch) -> list[tf.Tensor]:
-        structure = (batch.features, batch.label, batch.sample_weight)
-        features, label, weight = nests.repack(structure, given[0])
         with tf.GradientTape() as tape:
-            output = self._model(features, training=True)
-            losses = self._compute(label, output, weight)
+            losses = self._losses(given, batch, training=True)
             loss = tf.reduce_sum(losses) * self.share(batch.size)
             loss += sum(tf.cast(tf.reduce_sum(x), loss.dtype) for x in self._model.losses)
         return self._dense(tape, loss)

@@ -6,7 +6,6 @@ crosses the workers is paths.
 """
 
 import dataclasses
-import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Census, Group, Join
 from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.rescore import records_at
-from tracin_beam.storage import embeddings, files, marks, runs
+from tracin_beam.storage import arrays, embeddings, files, marks, runs
 from tracin_beam.storage.embeddings import Embeddings
 
 # Examples of a group that K-FAC's factors are taken from, evenly spread over it.
@@ -91,18 +90,8 @@ def take_sums(join: Join, group: Group, place: int, tally: Tally | None = None) 
         runs.check_unchanged([*(r.shard for r in group.shards), join.checkpoints[place]])
     tally.add("sums_made")
     files.remove([path + _MARK])
-    marks.write(path + _MARK, root, wanted, {path: _save(path, sums)})
+    marks.write(path + _MARK, root, wanted, {path: arrays.write(path, sums)})
     return path
-
-
-def _save(path: str, arrays: dict[str, np.ndarray]) -> files.Stamp:
-    # A zip file is not written from its beginning to its end, as remote files are.
-    whole = io.BytesIO()
-    np.savez(whole, allow_pickle=False, **arrays)
-    with files.atomic_write(path) as handle:
-        handle.write(whole.getbuffer())
-    stamp: files.Stamp = handle.stamp
-    return stamp
 
 
 def write_means(join: Join, place: int, census: Census) -> None:
@@ -110,9 +99,8 @@ def write_means(join: Join, place: int, census: Census) -> None:
     total: dict[str, np.ndarray] = {}
     paths = [part_path(join, group, place) for group in census.groups]
     for path in paths:
-        with files.local_copy(path) as local, np.load(local) as stored:
-            total = curvature.added(total, {name: stored[name] for name in stored.files})
-    _save(join.moments(place), curvature.scaled(total, 1 / max(1, census.train_rows)))
+        total = curvature.added(total, arrays.read(path))
+    arrays.write(join.moments(place), curvature.scaled(total, 1 / max(1, census.train_rows)))
     kept = {join.moments(place), *paths, *(path + _MARK for path in paths)}
     there = {info.path for info in files.list_folder(os.path.dirname(join.moments(place)))}
     files.remove(sorted(path for path in there - kept if "group-" in os.path.basename(path)))

@@ -68,7 +68,7 @@ def _parsed(
     loaded: Loaded, source: Iterable[records.Record | records.BadRecord]
 ) -> Iterator[tuple[Any, list[int], list[tuple[int, str]]]]:
     """Parsed batches of records, as `parse_records` gives them, with what could not be read."""
-    for waiting, bad in _batches(source, loaded.engine.batch_size):
+    for waiting, bad in batches(source, loaded.engine.batch_size):
         batch, kept, refused = parse_records(loaded, waiting)
         yield batch, kept, [*((record.position, record.reason) for record in bad), *refused]
 
@@ -133,9 +133,10 @@ def _embed_batch(
     return (rows if len(rows) else None), rejected
 
 
-def _batches(
+def batches(
     source: Iterable[records.Record | records.BadRecord], size: int
 ) -> Iterator[tuple[list[records.Record], list[records.BadRecord]]]:
+    """Records, at most so many at a time, and what could not be read between them."""
     good: list[records.Record] = []
     bad: list[records.BadRecord] = []
     for record in source:

@@ -12,7 +12,7 @@ from tracin_beam.scoring import methods
 from tracin_beam.scoring.curvature import Curvature
 from tracin_beam.scoring.methods import Score
 from tracin_beam.stages.workers import EngineSource
-from tracin_beam.storage import embeddings, files, runs
+from tracin_beam.storage import arrays, embeddings, runs
 from tracin_beam.storage.runs import CheckpointFile, Output, Shard, ShardResult
 
 # Up to so many pairs of a training and a test example, all are scored exactly: that costs little
@@ -79,8 +79,7 @@ class Join:
     def curvature(self, place: int) -> Curvature:
         """The training set's second moments at the checkpoint of a place, once they are taken."""
         if place not in self._curvatures:
-            with files.local_copy(self.moments(place)) as local, np.load(local) as stored:
-                means = {name: stored[name] for name in stored.files}
+            means = arrays.read(self.moments(place))
             self._curvatures[place] = Curvature(means, self.damping)
         return self._curvatures[place]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,20 @@ import pyarrow as pa
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs import formats
-from tracin_beam.scoring import methods
-from tracin_beam.signals import mislabel, nights, ridge, trajectory
-from tracin_beam.stages.embed import parse_records
+from tracin_beam.signals import influence, mislabel, nights, registry, ridge, trajectory
+from tracin_beam.stages.embed import batches, parse_records
 from tracin_beam.stages.workers import EngineSource
-from tracin_beam.storage import embeddings, features, files, marks, records, runs, sinks, tables
+from tracin_beam.storage import (
+    arrays,
+    embeddings,
+    features,
+    files,
+    marks,
+    records,
+    runs,
+    sinks,
+    tables,
+)
 from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
@@ -81,8 +89,7 @@ class Night:
         """The rows of a shard at all checkpoints, some at a time."""
         paths = [self.output.embeddings(TRAIN, c.step, result.shard) for c in self.checkpoints]
         described = [
-            features.read(self.features(place, result), 4096)
-            for place in range(len(self.checkpoints))
+            features.read(self.features(place, result)) for place in range(len(self.checkpoints))
         ]
         waiting: list[list[Embeddings]] = []
         rows = embeddings.read_checkpoints(paths, result.excluded)
@@ -137,23 +144,17 @@ class WriteFeatures(beam.DoFn):
         widths = (x.shape[1] for x in (first.log_probabilities, first.features, first.labels))
         classes, dim, labels = widths
         schema = features.schema(classes, dim, labels, self._night.kind != "regression")
-        stamp = sinks.write_parquet(
-            path,
-            schema,
-            (piece.table(schema) for some in ([first], pieces) for piece in some),
+        return sinks.write_parquet(
+            path, schema, (piece.table(schema) for some in ([first], pieces) for piece in some)
         )
-        if not runs.is_unchanged(result.shard):
-            files.remove([path])
-            raise runs.changed_while_used(result.shard)
-        return stamp
 
     def _pieces(self, place: int, result: ShardResult, wanted: bool) -> Iterator[Features]:
         loaded = self._night.source.get()
         values = loaded.engine.values(self._night.checkpoints[place].path)
-        excluded, waiting = set(result.excluded), list[records.Record]()
-        size = loaded.engine.batch_size
+        excluded = set(result.excluded)
+        source = (r for r in formats.read(result.shard.path) if r.position not in excluded)
 
-        def described() -> Features:
+        def described(waiting: Sequence[records.Record]) -> Features:
             batch, positions, rejected = parse_records(loaded, waiting)
             if rejected or batch is None:
                 raise runs.changed_while_used(result.shard)
@@ -171,15 +172,12 @@ class WriteFeatures(beam.DoFn):
                 labels,
             )
 
-        for record in formats.read(result.shard.path):
-            if record.position in excluded or isinstance(record, records.BadRecord):
-                continue
-            waiting.append(record)
-            if len(waiting) == size:
-                yield described()
-                waiting.clear()
-        if waiting:
-            yield described()
+        for waiting, bad in batches(source, loaded.engine.batch_size):
+            if bad or not waiting:  # embedding has excluded those
+                raise runs.changed_while_used(result.shard)
+            yield described(waiting)
+        # Before the file has its name.
+        runs.check_unchanged([result.shard])
 
 
 def _targets(night: Night, last: Embeddings, described: Features) -> tuple[np.ndarray, np.ndarray]:
@@ -215,19 +213,15 @@ def fitted(pair: tuple[int, ridge.Sums], night: Night) -> tuple[int, str]:
     place, whole = pair
     if whole.count < 2:
         raise InputError(f"only {whole.count} training examples have a label: too few to judge by")
-    content = io.BytesIO()
-    arrays: Any = {name: np.asarray(value) for name, value in vars(ridge.fit(whole)).items()}
-    np.savez(content, **arrays)
-    with files.atomic_write(night.fit(place)) as handle:
-        handle.write(content.getvalue())
+    fit = vars(ridge.fit(whole))
+    arrays.write(night.fit(place), {name: np.asarray(value) for name, value in fit.items()})
     return place, night.fit(place)
 
 
 def _read_fits(fits: Mapping[int, str]) -> dict[int, ridge.Fitted]:
     found = {}
     for place, path in fits.items():
-        with files.local_copy(path) as local, np.load(local, allow_pickle=False) as stored:
-            kept = dict(stored)
+        kept: dict[str, Any] = arrays.read(path)
         found[place] = ridge.Fitted(
             **{**kept, "count": int(kept["count"]), "lambdas": tuple(kept["lambdas"].tolist())}
         )
@@ -242,7 +236,7 @@ def judged(
     A row for each λ: the summed squared leave-one-out error, and log-likelihoods by temperature.
     """
     ridges = _read_fits(fits)
-    tables_: dict[int, np.ndarray] = {}
+    found: dict[int, np.ndarray] = {}
     for rows, described in night.read(result):
         target, known = _targets(night, rows[-1], described[0])
         for place, one in ridges.items():
@@ -254,8 +248,8 @@ def judged(
                 if night.kind != "regression":
                     likely = ridge.likelihoods(output, y, night.kind == "multilabel")
                 lines.append([np.square(output - y).sum(), *likely])
-            tables_[place] = tables_.get(place, 0) + np.array(lines)
-    yield from tables_.items()
+            found[place] = found.get(place, 0) + np.array(lines)
+    yield from found.items()
 
 
 def chosen(pair: tuple[int, np.ndarray]) -> tuple[int, tuple[int, float, float]]:
@@ -312,8 +306,7 @@ def signals_of(
             for function in trajectory.COLUMNS:
                 columns[function.__name__] = np.where(known, function(logs, label), np.nan)
     rates = [checkpoint.learning_rate for checkpoint in night.checkpoints]
-    norms = np.stack([part.squared_norm for part in rows], axis=1)
-    own = methods.make(methods.DEFAULT, rates).by_checkpoint(norms).sum(axis=1)
+    own = influence.self_influence(registry.rows_of(rows, rates, ("squared_norm",)))
     numbers = {
         "label": last.label,
         "prediction": last.prediction,
