@@ -7,6 +7,7 @@ import tensorflow as tf
 from oracle import assert_close, at, engine_of, plain_gradients, task_of, values_of
 
 from tracin_beam.errors import InputError
+from tracin_beam.gradients import added
 
 L = keras.layers
 N = 7
@@ -116,6 +117,38 @@ def test_a_loss_added_inside_of_a_layer_with_a_rule():
 def test_a_variational_model_and_sample_weights():
     check(Variational)
     check(Variational, weight=np.arange(N, dtype="float32") / 3)
+
+
+class Odd(L.Layer):
+    """Sums over the batch by ways that are linear, or that nothing here sees to be so."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def call(self, h):
+        if self.known:
+            by_unit = keras.ops.mean(tf.abs(h), axis=0, keepdims=True)
+            self.add_loss(tf.reduce_sum(by_unit * tf.range(1.0, 5.0)) / 3.0 - tf.nn.l2_loss(0.3))
+            self.add_loss(0.5 + tf.reduce_sum(tf.square(h)) / tf.cast(tf.shape(h)[0], tf.float32))
+        else:
+            ones = tf.ones_like(h[:, :1]) / tf.cast(tf.shape(h)[0], tf.float32)
+            self.add_loss(tf.reduce_sum(tf.matmul(ones, tf.abs(h), transpose_a=True)))
+        return h
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_loss_of_an_example_takes_no_run_of_its_own_where_sums_are_seen(known, monkeypatch):
+    alone = []
+    kept = added.values_alone
+    monkeypatch.setattr(added, "values_alone", lambda *args: alone.append(1) or kept(*args))
+
+    def dense():
+        return L.Dense(4, activity_regularizer="l1l2")
+
+    layers = [dense, lambda: Code("mean"), lambda: Code("sum")] if known else []
+    check(between(*layers, lambda: Odd(known)))
+    assert bool(alone) != known
 
 
 def test_weight_penalties_are_left_out_and_named():

@@ -19,10 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from tracin_beam.errors import InputError
-from tracin_beam.gradients import nests
-
-# Operations whose results depend on a tensor's shape alone.
-_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
+from tracin_beam.gradients import nests, uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +125,8 @@ def _depend_on_features(model: keras.Model, features: Any) -> list[bool]:
         losses.extend(loss for _, loss, _ in found)
 
     graph = run.get_concrete_function().graph
-    reached = {id(x.op) for x in graph.inputs[: len(flat)]}
-    for operation in graph.get_operations():  # in the order in which they were made
-        if operation.type not in _SHAPES and any(id(x.op) in reached for x in operation.inputs):
-            reached.add(id(operation))
-    return [id(loss.op) in reached for loss in losses]
+    reached = uses.data_dependent(graph.inputs[: len(flat)])
+    return [loss.op.name in reached for loss in losses]
 
 
 def shares(found: Sequence[tuple[Any, tf.Tensor, bool]], added: Sequence[Added], size: int) -> Any:
@@ -158,8 +152,106 @@ def shares(found: Sequence[tuple[Any, tf.Tensor, bool]], added: Sequence[Added],
     return total
 
 
-def values(model: keras.Model, added: Sequence[Added], features: Any) -> tf.Tensor:
-    """float32 [n]: what the model adds to each example's loss, each run by itself."""
+def values(
+    found: Sequence[tuple[Any, tf.Tensor, bool]],
+    added: Sequence[Added],
+    size: int,
+    leads: Callable[[tf.Tensor], bool],
+    dependent: set[str],
+) -> tf.Tensor | None:
+    """What the model adds to each example's loss, from the graph in which the batch was run.
+
+    Args:
+      found: what was collected when the model ran on the batch.
+      added: from `survey`.
+      size: examples in the batch.
+      leads: whether a tensor has the examples, and nothing else, along its first axis.
+      dependent: names of the operations that depend on the examples.
+
+    Returns:
+      float32 [size]; None if a layer's number is not seen to be a sum over the batch, so that each
+      example must be run by itself: see `values_alone`.
+    """
+    total = tf.zeros([size])
+    for (_, loss, _), one in zip(found, added, strict=True):
+        if one.kind == "weights":
+            continue
+        try:
+            if one.kind == "each":
+                own = tf.reshape(tf.cast(loss, tf.float32), [size, -1])
+            else:
+                own = _apart(loss, size, leads, dependent)
+        except NotImplementedError:
+            return None
+        own = tf.reduce_sum(tf.reshape(own, [size, -1]), axis=1)
+        total += own * size if one.kind == "mean" else own
+    return total
+
+
+def _apart(
+    x: tf.Tensor, size: int, leads: Callable[[tf.Tensor], bool], dependent: set[str]
+) -> tf.Tensor:
+    """The examples' parts of a tensor that is summed over them: float32 [size, *x.shape].
+
+    Found back from the tensor through what is linear to where the sum over the batch is taken.
+
+    Raises:
+      NotImplementedError: there is something else on the way.
+    """
+    if not x.shape.is_fully_defined():
+        raise NotImplementedError(x.op.name)
+    if x.op.name not in dependent:  # a constant: an equal part for each
+        return tf.tile(tf.cast(x, tf.float32)[None] / size, [size] + [1] * x.shape.rank)
+    operation, given = x.op, list(x.op.inputs)
+    match operation.type:
+        case "Sum" | "Mean" if leads(given[0]):
+            axes = _axes(operation)
+            if 0 not in axes:
+                raise NotImplementedError(operation.name)
+            own, others = tf.cast(given[0], tf.float32), [a for a in axes if a]
+            if operation.type == "Sum":
+                own = tf.reduce_sum(own, axis=others)
+            else:
+                own = tf.reduce_mean(own, axis=others) / size
+            return tf.reshape(own, [size, *x.shape])
+        case "L2Loss" if leads(given[0]):
+            own = tf.square(tf.cast(given[0], tf.float32)) / 2
+            return tf.reduce_sum(own, axis=list(range(1, own.shape.rank)))
+        case "Sum" | "Mean":
+            reduce = tf.reduce_sum if operation.type == "Sum" else tf.reduce_mean
+            own = _apart(given[0], size, leads, dependent)
+            own = reduce(own, axis=[1 + a for a in _axes(operation)])
+            return tf.reshape(own, [size, *x.shape])
+        case "Identity" | "Cast" | "Reshape" | "Squeeze" | "ExpandDims":
+            return tf.reshape(_apart(given[0], size, leads, dependent), [size, *x.shape])
+        case "Neg":
+            return -_apart(given[0], size, leads, dependent)
+        case "Mul" | "RealDiv":
+            varying = [i for i, y in enumerate(given) if y.op.name in dependent]
+            one, other = given[varying[0]], given[1 - varying[0]]
+            divided = operation.type == "RealDiv"
+            if len(varying) > 1 or (divided and varying != [0]) or one.shape != x.shape:
+                raise NotImplementedError(operation.name)
+            own, by = _apart(one, size, leads, dependent), tf.cast(other, tf.float32)
+            return own / by if divided else own * by
+        case "Add" | "AddV2" | "AddN" | "Sub":
+            if any(y.shape != x.shape for y in given):
+                raise NotImplementedError(operation.name)
+            parts = [_apart(y, size, leads, dependent) for y in given]
+            return parts[0] - parts[1] if operation.type == "Sub" else tf.add_n(parts)
+    raise NotImplementedError(operation.name)
+
+
+def _axes(operation: tf.Operation) -> list[int]:
+    """Over which a reduction goes."""
+    axes = tf.get_static_value(operation.inputs[1])
+    if axes is None:
+        raise NotImplementedError(operation.name)
+    return [int(a) % operation.inputs[0].shape.rank for a in np.ravel(axes)]
+
+
+def values_alone(model: keras.Model, added: Sequence[Added], features: Any) -> tf.Tensor:
+    """As `values`, float32 [n], of any model: each example is run by itself."""
 
     def one(example: list[tf.Tensor]) -> tf.Tensor:
         single = nests.repack(features, [tf.expand_dims(x, 0) for x in example])

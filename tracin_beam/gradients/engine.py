@@ -32,6 +32,7 @@ from tracin_beam.gradients import (
     projections,
     quantities,
     recurrent,
+    uses,
 )
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
@@ -847,7 +848,7 @@ class Engine:
                 prediction = tf.cast(self.task.predict(output), tf.float32)
             else:
                 prediction = kinds.predictions(output, kind)
-            return value, (plain, kinds.labels(label, output, kind), prediction)
+            return value, (plain, kinds.labels(label, output, kind), prediction, extra)
 
         return forward
 
@@ -872,13 +873,30 @@ class Engine:
             norm = _squared_norm(captured)
         else:
             norm = tf.reduce_sum(tf.square(embedding), axis=1)
-        loss, label, prediction = captured.auxiliary
+        loss, label, prediction, extra = captured.auxiliary
         if self.added:
-            features, *_ = nests.repack(self._structure, flat)
-            scope = list(zip(self.model.variables, values, strict=True))
-            with keras.StatelessScope(scope):
-                loss += added.values(self.model, self.added, features)
+            loss += self._added(extra, values, flat)
         return embedding, norm, loss, label, prediction
+
+    def _added(
+        self,
+        extra: Sequence[tuple[Any, tf.Tensor, bool]],
+        values: Sequence[tf.Tensor],
+        flat: Sequence[tf.Tensor],
+    ) -> tf.Tensor:
+        """What layers add to each example's loss: float32 [B]."""
+        shapes = self._found[1].shapes
+
+        def leads(x: tf.Tensor) -> bool:
+            shape = shapes.get(x.name)
+            return shape is not None and shape[:1] == [capture.EXAMPLES]
+
+        found = added.values(extra, self.added, self._width, leads, uses.data_dependent(flat))
+        if found is not None:
+            return found
+        features, *_ = nests.repack(self._structure, flat)
+        with keras.StatelessScope(list(zip(self.model.variables, values, strict=True))):
+            return added.values_alone(self.model, self.added, features)
 
     def _features(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
