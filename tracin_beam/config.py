@@ -32,6 +32,7 @@ class Flag:
       jobs: the only jobs that take it; None for every job.
       remote: regular expression of the values that make sense on Dataflow.
       repeated: whether it may be given several times, each adding to a tuple of values.
+      or_else: what may be given beside the choices, in words; then others are checked later.
     """
 
     help: str
@@ -44,6 +45,7 @@ class Flag:
     jobs: tuple[str, ...] | None = None
     remote: str = ""
     repeated: bool = False
+    or_else: str = ""
 
     def known_choices(self) -> tuple[str, ...]:
         """The values that the flag may have; empty where there is no such list."""
@@ -61,7 +63,7 @@ class Flag:
 
     def problem(self, value: Any) -> str:
         """What is wrong with a value, to be read after `--name=value`; empty if nothing is."""
-        if value is None or (isinstance(value, str) and not self.choices):
+        if value is None or (isinstance(value, str) and (not self.choices or self.or_else)):
             return ""
         known = self.known_choices()
         if known and value not in known:
@@ -173,6 +175,7 @@ class Config:
         "loss",
         "What is explained of a test example.",
         choices="tracin_beam.gradients.targets:names",
+        or_else="a name of Task(targets=…)",
     )
     top_k: int = _flag(10, "Proponents, and opponents, of each test example.", _whole, at_least=1)
     rescore: int = _flag(

@@ -165,6 +165,22 @@ def test_target_loss_is_the_loss_with_its_weights():
     np.testing.assert_allclose(got, own * WEIGHTS, 1e-5)
 
 
+def test_a_function_of_the_task_is_given_the_label_where_it_takes_one():
+    label, logits = tf.constant(CLASSES), tf.constant(LOGITS)
+
+    def value(function):
+        given = quantities.target_quantity("own", SCE, None, {"own": function})
+        return given(label, logits, None)
+
+    np.testing.assert_array_equal(value(lambda outputs, k=2: outputs[:, k]), LOGITS[:, 2])
+    for function in (lambda outputs, y: tf.gather(outputs, y, batch_dims=1), _of_label):
+        np.testing.assert_array_equal(value(function), LOGITS[np.arange(B), CLASSES])
+
+
+def _of_label(outputs, label=None):
+    return tf.gather(outputs, label, batch_dims=1)
+
+
 def test_targets_that_cannot_be():
     output = tensors(LOGITS)
     with pytest.raises(InputError, match="parse gives no label"):

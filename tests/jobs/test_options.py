@@ -111,7 +111,6 @@ def test_missing_flags_are_all_named():
         ("--test_name=train", "--test_name=train: take a plain name"),
         ("--test_name=a/b", "--test_name=a/b: take a plain name"),
         ("--test_name=", "--test_name=: take a plain name"),
-        ("--target=logits", "--target=logits is not known; take one of loss, predicted_loss"),
     ],
 )
 def test_flags_that_are_wrong(flag, says, capsys):

@@ -663,6 +663,39 @@ class Engine:
         size = sum(spec.size for spec in self.specs)
         return max(1, min(self._width, _VERIFIED, _BATCH_BYTES // (8 * max(size, 1))))
 
+    def check_target(self, target: str, values: list[tf.Tensor], batch: Batch) -> None:
+        """Checks that what a target is for an example is that example's alone.
+
+        Args:
+          target: its name.
+          values: of a checkpoint.
+          batch: examples.
+
+        Raises:
+          InputError: it is not.
+        """
+        together = self._quantities(target, values, batch)
+        for i in {0, batch.size - 1}:
+            alone = self._quantities(target, values, batch.take([i]))[0]
+            if not np.isclose(alone, together[i], rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise InputError(
+                    f"the target {target} of an example depends on the others of its batch "
+                    f"({alone:.6g} alone, {together[i]:.6g} among {batch.size}): let it give each "
+                    "example a number of its own."
+                )
+
+    def _quantities(self, target: str, values: list[tf.Tensor], batch: Batch) -> np.ndarray:
+        """A target of each example, with the gradients left out: float32 [n]."""
+
+        def compute() -> np.ndarray:
+            self._assign(values)
+            return np.asarray(
+                self._forward(target)(batch.features, batch.label, batch.sample_weight)[0]
+            )
+
+        with self._explained():
+            return in_keras_thread(compute)
+
     def check_independence(self, values: list[tf.Tensor], batch: Batch) -> None:
         """Checks that what the model and the loss give for an example is that example's alone.
 
@@ -831,7 +864,7 @@ class Engine:
 
     def _forward(self, target: str) -> capture.Forward:
         kind = self.kind
-        quantity = quantities.target_quantity(target, self.task.loss, kind)
+        quantity = quantities.target_quantity(target, self.task.loss, kind, self.task.targets)
         loss = quantities.loss_if_labelled(self.task.loss, kind)
 
         def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
@@ -859,7 +892,10 @@ class Engine:
             *self._found, self._forward(target), values, flat, self._structure
         )
         if not captured.gradients:
-            raise InputError(f"the {target} does not depend on any weight of {self.config.layers=}")
+            raise InputError(
+                f"the {target} does not depend on any weight of --layers={self.config.layers}, "
+                "or not in a way that TensorFlow differentiates"
+            )
         return captured
 
     def _embed(

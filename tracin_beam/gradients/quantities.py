@@ -1,17 +1,19 @@
 """What is differentiated of an example: a target, for the kind of task at hand."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
 
-from tracin_beam.errors import InputError
-from tracin_beam.gradients import kinds, targets
+from tracin_beam.errors import InputError, reason
+from tracin_beam.gradients import kinds, nests, targets
 from tracin_beam.gradients.kinds import Kind
 from tracin_beam.gradients.losses import PerExample, per_example_loss
 from tracin_beam.gradients.targets import ClassScores, Losses
 
-# A quantity without a label, which no flag names: see `summed_outputs`.
-OUTPUTS = "outputs"
+# A quantity without a label, which no flag can name: see `summed_outputs`.
+OUTPUTS = "sum of outputs"
 
 
 def summed_outputs(output: Any, kind: Kind) -> tf.Tensor:
@@ -42,24 +44,50 @@ def log_probabilities(output: Any, kind: Kind) -> tf.Tensor:
     return tf.concat([tf.reshape(x, [tf.shape(x)[0], -1]) for x in parts], axis=1)
 
 
-def target_quantity(target: str, loss: Any, kind: Kind | None = None) -> PerExample:
+def check_target(target: str, given: Mapping[str, Callable[..., Any]]) -> None:
+    """Checks that there is a target of this name.
+
+    Args:
+      target: the name.
+      given: `Task.targets`.
+
+    Raises:
+      InputError: there is none, or `Task.targets` takes the name of a registered one.
+    """
+    for name in given:
+        if name in targets.names():
+            raise InputError(f"Task(targets=…): there is a target {name} already; rename it.")
+    if target not in targets.names() and target not in given:
+        known = ", ".join([*targets.names(), *given])
+        more = "" if given else ", or add a function of that name to Task(targets=…)"
+        raise InputError(f"--target={target} is not known; take one of {known}{more}.")
+
+
+def target_quantity(
+    target: str,
+    loss: Any,
+    kind: Kind | None = None,
+    given: Mapping[str, Callable[..., Any]] | None = None,
+) -> PerExample:
     """What is differentiated for a target, as a function like `per_example_loss`.
 
     Args:
-      target: the name of a registered target.
+      target: the name of a registered target, or of one that the task gives.
       loss: as in `Task.loss`.
       kind: of the task; None infers it from what the function is given.
+      given: `Task.targets`.
 
     Raises:
-      InputError: there is no such target; when called, the kind of task has none such.
+      InputError: there is no such target; when called, the kind of task has none such, or the
+        task's function does not give a float for each example.
     """
     if target == OUTPUTS:
         return lambda label, output, _: summed_outputs(
             output, kind or kinds.infer(loss, label, output)
         )
-    if target not in targets.names():
-        known = ", ".join(targets.names())
-        raise InputError(f"--target={target} is not known; take one of {known}.")
+    check_target(target, given or {})
+    if given and target in given:
+        return _given_quantity(target, given[target])
     chosen = targets.get(target)
     compute = per_example_loss(loss)
 
@@ -83,6 +111,47 @@ def target_quantity(target: str, loss: Any, kind: Kind | None = None) -> PerExam
         return chosen.quantity(Losses(of_label, of_prediction))
 
     return quantity
+
+
+def _given_quantity(name: str, function: Callable[..., Any]) -> PerExample:
+    """A function of `Task.targets` as a function like `per_example_loss`."""
+    with_label = _takes_label(function)
+    what = f"the target {name} of Task(targets=…)"
+
+    def quantity(label: Any, output: Any, sample_weight: Any) -> tf.Tensor:
+        if with_label and label is None:
+            raise InputError(f"parse gives no label, and {what} takes one.")
+        try:
+            value = tf.convert_to_tensor(
+                function(output, label) if with_label else function(output)
+            )
+        except Exception as error:  # whatever a user's function raises
+            raise InputError(f"{what} fails on what the model gives: {reason(error)}") from error
+        size = nests.present(output)[0].shape[0]
+        if not value.dtype.is_floating:
+            raise InputError(
+                f"{what} gives {value.dtype.name}, which has no gradient: let it give a float for "
+                "each example, [B]."
+            )
+        if value.shape.rank != 1 or (size and value.shape[0] not in (None, size)):
+            raise InputError(
+                f"{what} gives shape {tuple(value.shape)} for {size} examples: let it give a "
+                "number for each of them, [B]."
+            )
+        return tf.cast(value, tf.float32)
+
+    return quantity
+
+
+def _takes_label(function: Callable[..., Any]) -> bool:
+    """Whether a function is of (outputs, label): it has two arguments that must be given."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of a builtin
+        return False
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in places if p.default is p.empty]
+    return len(needed) > 1 or [p.name for p in places[1:2]] == ["label"]
 
 
 def loss_if_labelled(loss: Any, kind: Kind) -> PerExample:

@@ -30,6 +30,10 @@ _CHANGES = {
 }
 
 
+# Arguments of a task that training embeddings do not depend on; a target is compared by itself.
+_APART = ("label_names", "files", "relabel", "show", "targets")
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What is used of a module.
@@ -351,9 +355,7 @@ class _Quiet(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
         if name == "Task":
-            node.keywords = [
-                k for k in node.keywords if k.arg not in ("label_names", "files", "relabel", "show")
-            ]
+            node.keywords = [k for k in node.keywords if k.arg not in _APART]
             node.args = node.args[:4]
         return self.generic_visit(node)
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -67,6 +68,10 @@ class Task:
         [H, W, 1], [H, W, 3] or [H, W, 4], or a PIL image), a text, a table of features (a mapping
         from name to value), or a sound (samples and their number in a second). By default shapes
         and dtypes suggest it. Embeddings do not depend on it.
+      targets: further quantities that `--target` may name, by name: each a function of the outputs
+        of the model for a batch, or of (outputs, label), that gives float [B], a number for each
+        example by itself, and that TensorFlow differentiates. It takes the place of the loss of a
+        test example, so that proponents lower it: give the negative of what they should raise.
 
     Example:
 
@@ -90,6 +95,7 @@ class Task:
     files: Sequence[str] = ()
     relabel: Callable[[bytes, float], bytes] | None = None
     show: Callable[[Any, bytes], Any] | None = None
+    targets: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -97,6 +103,15 @@ class Task:
         for name in self.label_names or ():
             if isinstance(name, str) and len(name.splitlines()) > 1:
                 raise InputError(f"Task(label_names=…): {name!r:.100} is more than one line.")
+        if not isinstance(self.targets, Mapping):
+            raise InputError('Task(targets=…): give a dict, such as {"entropy": a_function}.')
+        for name, function in self.targets.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
+                raise InputError(
+                    f"Task(targets=…): {name!r:.100} is no name; take letters, digits, _, - and ."
+                )
+            if not callable(function):
+                raise InputError(f"Task(targets=…): {name} is a {type(function).__name__}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,14 @@ def of_task(task: Task, engine: Engine, config: Config, source: TaskSource) -> d
     }
 
 
+def of_target(task: Task, target: str, source: TaskSource) -> str:
+    """A digest of a function of `Task.targets`, and of the values it uses; of others the name."""
+    if target not in task.targets:
+        return target
+    values = Values(source.root, lambda _: False)
+    return runs.digest([target, values.plain(task.targets[target])])
+
+
 def changes(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What differs, in words; a file of code is named only if no part of the task is."""
     words = runs.changes(earlier, now)

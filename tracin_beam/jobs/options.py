@@ -70,7 +70,8 @@ def flag_help(name: str, flag: Flag) -> str:
     """What a flag means, which values it may have, and its default."""
     about = flag.help
     if choices := flag.known_choices():
-        about = f"{about.removesuffix('.')}: {', '.join(choices)}."
+        others = f" or {flag.or_else}" if flag.or_else else ""
+        about = f"{about.removesuffix('.')}: {', '.join(choices)}{others}."
     if shown := config_flags.shown_default(name):
         about = f"{about.removesuffix('.')} ({shown})."
     return about
@@ -83,7 +84,8 @@ def readme_table() -> str:
         shown = config_flags.shown_default(name)
         about = flag.help.removesuffix(".")
         if choices := flag.known_choices():
-            about = f"{about}: {', '.join(f'`{choice}`' for choice in choices)}"
+            others = f" or {flag.or_else}" if flag.or_else else ""
+            about = f"{about}: {', '.join(f'`{choice}`' for choice in choices)}{others}"
         if flag.jobs:
             about = f"{about} ({', '.join(flag.jobs)} only)"
         about = about.replace("|", r"\|").replace("<", "&lt;")

@@ -221,7 +221,7 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
         checkpoints,
         train,
         test,
-        _units(config, fingerprint, checkpoints, train, test),
+        _units(config, fingerprint, _target_of(source, config.target), checkpoints, train, test),
         source,
         explicit_ids,
         fingerprint,
@@ -269,15 +269,32 @@ def _check_same(config: Config, stale: Sequence[str], sets: Mapping[str, Any]) -
         )
 
 
+def _target_of(source: "EngineSource", target: str) -> str:
+    from tracin_beam.jobs import fingerprints  # imports Keras
+
+    return fingerprints.of_target(source.get().task, target, source.task)
+
+
 def _units(
     config: Config,
     fingerprint: Mapping[str, str],
+    target_of_test: str,
     checkpoints: Sequence[CheckpointFile],
     train: Sequence[Shard],
     test: Sequence[Shard],
 ) -> tuple[Unit, ...]:
-    """What is to be embedded: every shard at every checkpoint."""
-    both = ((TRAIN, train, "loss"), (config.test_name, test, config.target))
+    """What is to be embedded: every shard at every checkpoint.
+
+    Args:
+      config: the flags.
+      fingerprint: of the task and the projection.
+      target_of_test: what identifies the target of the test set.
+      checkpoints, train, test: what is there.
+    """
+    both = (
+        (TRAIN, train, "loss", "loss"),
+        (config.test_name, test, config.target, target_of_test),
+    )
     return tuple(
         Unit(
             name,
@@ -285,10 +302,10 @@ def _units(
             checkpoint,
             target,
             runs.digest(
-                [fingerprint, target, shard.path, shard.name, shard.identity, checkpoint.identity]
+                [fingerprint, known, shard.path, shard.name, shard.identity, checkpoint.identity]
             ),
         )
-        for name, shards, target in both
+        for name, shards, target, known in both
         for shard, checkpoint in itertools.product(shards, checkpoints)
     )
 

@@ -36,7 +36,7 @@ def try_out(
     """Loads everything once and runs some records through it."""
     task, task_source = load_task(files.home(config.task))
 
-    from tracin_beam.gradients import projections
+    from tracin_beam.gradients import projections, quantities
     from tracin_beam.gradients.engine import BatchParser, EngineConfig
     from tracin_beam.jobs import fingerprints
     from tracin_beam.planning import speed
@@ -47,6 +47,7 @@ def try_out(
             f"--projection={config.projection} is not known; "
             f"take one of {', '.join(projections.names())}."
         )
+    quantities.check_target(config.target, task.targets)
     parser = BatchParser(task)
     determining = config.embedding_flags()
     del determining["embedding_dtype"]  # of what is written, not of what is computed
@@ -74,6 +75,7 @@ def try_out(
         _log.warning("%s", note)
     _check_gradients(tried, "train", "loss")
     if test:
+        _check_target(loaded, config.target, checkpoints, test)
         tried = [_try(loaded, c, config.target, "test", test) for c in checkpoints]
         _check_gradients(tried, "test", config.target)
     loaded.engine.check_repeatable()
@@ -131,6 +133,17 @@ def _first_parsed(loaded: "Loaded", shards: Sequence[Shard]) -> list[bytes]:
     some = [r for r in itertools.islice(every, _PILOT) if isinstance(r, records.Record)]
     _, positions, _ = embed.parse_records(loaded, some)
     return [record.data for record in some if record.position in set(positions)]
+
+
+def _check_target(
+    loaded: "Loaded", target: str, checkpoints: Sequence[CheckpointFile], test: Sequence[Shard]
+) -> None:
+    """Refuses a target of the task's that mixes the examples of a batch."""
+    some = _first_parsed(loaded, test)[:8] if target in loaded.task.targets else []
+    if some:
+        batch = loaded.parse(some)
+        for checkpoint in _ends(checkpoints):
+            loaded.engine.check_target(target, loaded.engine.values(checkpoint.path), batch)
 
 
 def _reloaded(
