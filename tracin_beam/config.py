@@ -317,6 +317,13 @@ class Config:
     date: str = _flag(
         "", "Date of the night, such as 2026-11-22; by default today's, UTC.", jobs=("quality",)
     )
+    trained: str = _flag(
+        "",
+        "The shards that the model was trained on, in the same way as --train, whose others are "
+        "new to it; by default what TracInCheckpoint(train=…) has listed with the checkpoints.",
+        jobs=("quality",),
+        remote=r"gs://.+",
+    )
     warn_if: tuple[str, ...] | None = _flag(
         None,
         "Condition on the night's metrics that is a warning, instead of the usual ones; may be "

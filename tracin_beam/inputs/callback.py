@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from tracin_beam.errors import InputError
-from tracin_beam.inputs import batches, state, weights
+from tracin_beam.inputs import batches, state, trained, weights
 from tracin_beam.inputs.checkpoints import (
     LISTING,
     WEIGHTS,
@@ -30,6 +30,7 @@ def save_checkpoint(
     step: int,
     learning_rate: float,
     epoch: int | None = None,
+    train: trained.Shards | None = None,
 ) -> str:
     """Saves a model's weights as the next checkpoint of a training loop of one's own.
 
@@ -52,13 +53,15 @@ def save_checkpoint(
       step: how many steps have been taken, over all stages of the training.
       learning_rate: of the last step; a number, or a scalar tensor or variable.
       epoch: how many epochs have been, if that is to be listed.
+      train: the shards that it was trained on since the checkpoint before, as of
+        `TracInCheckpoint`.
 
     Returns:
       The path of the weights.
 
     Raises:
-      InputError: the directory lists this step or a later one, or the learning rate is no finite
-        number of at least 0.
+      InputError: the directory lists this step or a later one, the learning rate is no finite
+        number of at least 0, or there are no such shards.
     """
     if isinstance(step, bool) or int(step) != step or step < 0:
         raise InputError(f"step must be a whole number of at least 0, not {step!r}")
@@ -72,7 +75,8 @@ def save_checkpoint(
             f"{entries[-1]['step']}, so step {step} cannot follow: count on from there, or choose "
             "another directory"
         )
-    return _write(os.fspath(directory), entries, model, int(step), rate, epoch, None)
+    shards = trained.described(train)
+    return _write(os.fspath(directory), entries, model, int(step), rate, epoch, None, shards)
 
 
 def _number(value: Any) -> float:
@@ -91,6 +95,7 @@ def _write(
     learning_rate: float,
     epoch: int | None,
     iterations: int | None,
+    shards: list[dict[str, str]] | None,
 ) -> str:
     """Saves the weights and appends an entry to `entries`, in place and in the listing."""
     if lost := weights.unsaved(model):
@@ -111,6 +116,7 @@ def _write(
     }
     weights.save(model, path, notes)
     entry = {"path": name, "step": step, "epoch": epoch, "learning_rate": learning_rate}
+    trained.note(entry, entries, shards)
     entries.append(entry)
     files.write_json(files.join(directory, LISTING), entries)
     return path
@@ -155,11 +161,14 @@ class TracInCheckpoint(keras.callbacks.Callback):
       record_batches: whether to save which examples each step used, with its learning rate, and
         the weights before the first one, for `scoring.replay`. It costs a digest of every example
         of every batch, and takes steps one by one.
+      train: the shards that are trained on: a glob as of `--train`, or a list of paths. They are
+        listed with size and checksum, so that the job `quality` can tell examples that the model
+        has seen from new ones.
 
     Raises:
       InputError: from `fit`: the directory holds the checkpoints of another training, the
-        optimizer is not the one that trains, or another callback has changed the weights
-        before they could be saved.
+        optimizer is not the one that trains, another callback has changed the weights
+        before they could be saved, or there are no such shards.
     """
 
     def __init__(
@@ -170,6 +179,7 @@ class TracInCheckpoint(keras.callbacks.Callback):
         optimizer: keras.optimizers.Optimizer | None = None,
         learning_rate: float | Callable[[int], Any] | None = None,
         record_batches: bool = False,
+        train: trained.Shards | None = None,
     ):
         super().__init__()
         whole = isinstance(save_freq, int) and not isinstance(save_freq, bool) and save_freq > 0
@@ -184,6 +194,7 @@ class TracInCheckpoint(keras.callbacks.Callback):
         self.optimizer = optimizer
         self.learning_rate = learning_rate
         self.record_batches = record_batches
+        self.train = train
         self._recorder: batches.Recorder | None = None
         self._listing = files.join(self.directory, LISTING)
         self._entries: list[dict[str, Any]] | None = None
@@ -230,6 +241,7 @@ class TracInCheckpoint(keras.callbacks.Callback):
         self._batches = self._unsaved_batches = 0
         self._first_count, self._first = self._count(), self._sample()
         self._stepped, self._saved, self._trained = False, False, self._first
+        self._shards = trained.described(self.train)
         self._entries, self._first_step = self._history()
         if self.record_batches:
             if not self._entries:
@@ -336,6 +348,7 @@ class TracInCheckpoint(keras.callbacks.Callback):
             rate,
             self._epoch + 1,
             count if self._stepped else None,
+            self._shards,
         )
         self._saved, self._unsaved_batches = True, 0
 

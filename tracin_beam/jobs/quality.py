@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tracin_beam.errors import InputError
+from tracin_beam.inputs import trained
 from tracin_beam.jobs import graphs, night
 from tracin_beam.jobs.parts import Parts
 from tracin_beam.jobs.preflight import Run
@@ -58,6 +59,11 @@ def _conditions(run: Run) -> list[Gate]:
     return gates.parse_all(run.config.warn_if, run.config.error_if or ())
 
 
+def _cohorts(run: Run) -> dict[str, str]:
+    """The cohort of each training shard, by its path."""
+    return trained.cohorts(run.train, files.home(run.config.checkpoints), run.config.trained)
+
+
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
     """Embeds, describes the examples, and writes the night's tables."""
     from tracin_beam.stages.quality import Night, judge
@@ -76,6 +82,7 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
         run.checkpoints,
         {(u.shard.path, u.checkpoint.step): u.fingerprint for u in run.units},
         kind,
+        _cohorts(run),
     )
     parts, duplicates = judge(results, what)
     made = (
@@ -135,10 +142,11 @@ def write_night(
     path = files.join(folder, "signals.parquet")
     stamps = {"signals.parquet": sinks.write_parquet(path, SIGNALS, looked_at())}
     earlier = _earlier(output, date)
+    cohorts = {shard: summary["cohort"] for shard, (_, summary) in parts.items()}
     for row in rows:
         key = (row["id"], row["kind"], row["content_hash"])
         row["first_seen"] = earlier.get(key, date)
-        row.setdefault("cohort", "unknown")
+        row["cohort"] = cohorts[row["shard"]]
     rows.sort(key=lambda row: (row["kind"], -row["score"], row["shard"], row["position"]))
     found = pa.Table.from_pylist(rows, schema=SUSPECTS)
     found = verdicts.without_reviewed(found, verdicts.read(output), date)
@@ -206,7 +214,15 @@ def _range(piece: pa.Table) -> dict[str, int]:
 def _made_by(run: Run) -> list[object]:
     config, ledger = run.config, run.output.verdicts
     reviewed = files.checksum(ledger) if files.exists(ledger) else ""
-    return [_VERSION, date_of(run), config.warn_if, config.error_if, reviewed, run.kind]
+    return [
+        _VERSION,
+        date_of(run),
+        config.warn_if,
+        config.error_if,
+        reviewed,
+        run.kind,
+        _cohorts(run),
+    ]
 
 
 def _results(run: Run) -> Iterator[str]:

@@ -57,7 +57,11 @@ def prometheus(night: Mapping[str, Any]) -> str:
             add(f"{stem}_of_kind", value, kind=kind)
         else:
             add(name, value)
-    for group, label in (("by_class", "class"), ("by_shard", "shard")):
+    for group, label in (
+        ("by_class", "class"),
+        ("by_shard", "shard"),
+        ("by_cohort", "cohort"),
+    ):
         rows = night.get(group, {})
         for key in sorted(rows, key=lambda key: -(rows[key].get("suspects") or 0))[:_MOST_SERIES]:
             for name, value in rows[key].items():

@@ -120,8 +120,8 @@ def evaluate(
 
     Args:
       gates: as of `parse_all`.
-      night: "metrics" ({name: number}), and where known "by_class" and "by_shard"
-        ({key: {name: number}}).
+      night: "metrics" ({name: number}), and where known "by_class", "by_shard" and
+        "by_cohort" ({key: {name: number}}).
       history: the same of earlier nights, oldest first, with their "date".
 
     Returns:
@@ -188,7 +188,7 @@ _COMPARISONS: dict[type[ast.cmpop], tuple[str, Callable[[float, float], bool]]] 
     ast.NotEq: ("!=", operator.ne),
 }
 _ENDS: dict[str, Callable[[Sequence[float]], float]] = {"max": max, "min": min}
-_GROUPS = ("by_shard", "by_class")
+_GROUPS = ("by_shard", "by_class", "by_cohort")
 _BASELINES = ("baseline", "last")
 
 
@@ -250,7 +250,7 @@ def _call_problem(node: ast.Call) -> str:
         group, _, name = (_dotted(node.args[0]) or "").partition(".")
         if group in _GROUPS and name:
             return ""
-        return f"{called} takes by_shard.NAME or by_class.NAME"
+        return f"{called} takes by_shard.NAME, by_class.NAME or by_cohort.NAME"
     if called == "baseline" and plain and isinstance(node.args[0], ast.Constant):
         date = node.args[0].value
         if isinstance(date, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", date):

@@ -113,8 +113,9 @@ def metrics_of(
       extra: other metrics, by name, such as the range of the number of wrong labels.
 
     Returns:
-      "date", "metrics" ({name: number}), "by_class" and "by_shard" ({key: {name: number}}), and
-      "arrivals" (the bins of the shards that came or changed tonight, for the nights to come).
+      "date", "metrics" ({name: number}), "by_class", "by_shard" and "by_cohort" ({key: {name:
+      number}}), and "arrivals" (the bins of the shards that came or changed tonight, for the
+      nights to come).
     """
     before = _arrivals([night for night in history if night.get("date") != date])
     probabilities = shard_probabilities(date, shards, history)
@@ -164,6 +165,7 @@ def metrics_of(
         "metrics": metrics,
         "by_class": _by_class(whole, suspects),
         "by_shard": _by_shard(shards, suspects, probabilities),
+        "by_cohort": _by_cohort(shards, suspects),
         "arrivals": arrivals,
     }
 
@@ -310,19 +312,32 @@ def _by_shard(
     probabilities: Mapping[str, float | None],
 ) -> dict[str, dict[str, Any]]:
     counts = collections.Counter(suspects["shard"].to_pylist())
-    rows = {}
-    for path, one in shards.items():
-        row: dict[str, Any] = {
-            "examples": one["examples"],
-            "suspects": counts[path],
-            "suspects_rate": counts[path] / one["examples"] if one["examples"] else None,
-            "mean_loss": one["loss"] / one["losses"] if one["losses"] else None,
-            "probability": probabilities.get(path),
-        }
-        if one["judged"]:
-            row["accuracy"] = one["right"] / one["judged"]
-        rows[path] = row
-    return rows
+    return {
+        path: {**_row(one, counts[path]), "probability": probabilities.get(path)}
+        for path, one in shards.items()
+    }
+
+
+def _by_cohort(
+    shards: Mapping[str, Mapping[str, Any]], suspects: pa.Table
+) -> dict[str, dict[str, Any]]:
+    counts = collections.Counter(shards[path]["cohort"] for path in suspects["shard"].to_pylist())
+    cohorts = sorted({one["cohort"] for one in shards.values()})
+    of = {name: [one for one in shards.values() if one["cohort"] == name] for name in cohorts}
+    return {name: _row(merged(of[name]), counts[name]) for name in cohorts}
+
+
+def _row(one: Mapping[str, Any], suspects: int) -> dict[str, Any]:
+    """What is told of some examples, of which so many are suspects."""
+    row: dict[str, Any] = {
+        "examples": one["examples"],
+        "suspects": suspects,
+        "suspects_rate": suspects / one["examples"] if one["examples"] else None,
+        "mean_loss": one["loss"] / one["losses"] if one["losses"] else None,
+    }
+    if one["judged"]:
+        row["accuracy"] = one["right"] / one["judged"]
+    return row
 
 
 def _floats(table: pa.Table, name: str) -> np.ndarray:

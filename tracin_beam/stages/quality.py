@@ -31,6 +31,7 @@ from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
 _VERSION = 1  # of the feature files
 _PIECE_ROWS = 65_536
+_ENOUGH = 200  # examples of a cohort that is calibrated by itself
 
 SIGNALS = pa.schema(
     [
@@ -61,6 +62,7 @@ class Night:
       checkpoints: in training order.
       units: fingerprint of every training shard's embeddings, by its path and the step.
       kind: of the task: "classification", "multilabel" or "regression".
+      cohorts: "trained", "new" or "unknown", by the path of the shard; see `inputs.trained`.
     """
 
     output: Output
@@ -68,6 +70,7 @@ class Night:
     checkpoints: tuple[CheckpointFile, ...]
     units: Mapping[tuple[str, int], str]
     kind: str
+    cohorts: Mapping[str, str]
 
     @property
     def places(self) -> list[int]:
@@ -230,10 +233,11 @@ def _read_fits(fits: Mapping[int, str]) -> dict[int, ridge.Fitted]:
 
 def judged(
     result: ShardResult, night: Night, fits: Mapping[int, str]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """What tells the best λ and temperature of a checkpoint: float64 [L, 1 + T].
+) -> Iterator[tuple[tuple[int, str], np.ndarray]]:
+    """What tells the best λ and temperature of a checkpoint: float64 [L, 2 + T], by cohort too.
 
-    A row for each λ: the summed squared leave-one-out error, and log-likelihoods by temperature.
+    A row for each λ: the examples, the summed squared leave-one-out error, and log-likelihoods by
+    temperature.
     """
     ridges = _read_fits(fits)
     found: dict[int, np.ndarray] = {}
@@ -247,17 +251,29 @@ def judged(
                 likely = np.zeros(len(ridge.TEMPERATURES))
                 if night.kind != "regression":
                     likely = ridge.likelihoods(output, y, night.kind == "multilabel")
-                lines.append([np.square(output - y).sum(), *likely])
+                lines.append([len(y), np.square(output - y).sum(), *likely])
             found[place] = found.get(place, 0) + np.array(lines)
-    yield from found.items()
+    for place, table in found.items():
+        yield (place, night.cohorts[result.shard.path]), table
 
 
-def chosen(pair: tuple[int, np.ndarray]) -> tuple[int, tuple[int, float, float]]:
-    """The λ's place and the temperature for a checkpoint, and the summed squared error."""
-    place, table = pair
-    best = int(table[:, 0].argmin())
-    warmth = ridge.TEMPERATURES[int(table[best, 1:].argmax())]
-    return place, (best, warmth, float(table[best, 0]))
+def choices(
+    judged: Mapping[tuple[int, str], np.ndarray], cohort: str
+) -> dict[int, tuple[int, float, float]]:
+    """λ's place, temperature and mean squared error for a cohort, by place of the checkpoint.
+
+    λ is that of all examples. The others are the cohort's own where it has some hundred examples:
+    features that an example's label has had a part in fit it better than those of a new one.
+    """
+    found = {}
+    for place in sorted({place for place, _ in judged}):
+        whole = np.sum([table for (of, _), table in judged.items() if of == place], axis=0)
+        best = int(whole[:, 1].argmin())
+        own = judged.get((place, cohort))
+        count, error, *likely = (whole if own is None or own[0, 0] < _ENOUGH else own)[best]
+        warmth = ridge.TEMPERATURES[int(np.argmax(likely))]
+        found[place] = best, warmth, error / count
+    return found
 
 
 def signals_of(
@@ -268,7 +284,10 @@ def signals_of(
     ridges: Mapping[int, ridge.Fitted],
     choices: Mapping[int, tuple[int, float, float]],
 ) -> pa.Table:
-    """Rows of `signals.parquet` for the same examples at every checkpoint."""
+    """Rows of `signals.parquet` for the same examples at every checkpoint.
+
+    `choices` are those of the shard's cohort.
+    """
     last = rows[-1]
     size = len(last)
     target, known = _targets(night, last, described[0])
@@ -284,7 +303,7 @@ def signals_of(
     ratio, suggested = np.full(size, np.nan), np.full(size, np.nan)
     if night.kind == "regression":
         residual = target[:, 0] - outputs[:, :, 0].mean(axis=1)
-        usual = np.mean([choices[place][2] / ridges[place].count for place in night.places])
+        usual = np.mean([choices[place][2] for place in night.places])
         score = mislabel.as_score(np.abs(residual) / np.sqrt(usual + 1e-30))
         suggested = outputs[:, :, 0].mean(axis=1)
     else:
@@ -322,7 +341,7 @@ def signals_of(
             "id": [tables.text(identity) for identity in last.ids],
             "shard": [shard] * size,
             "position": last.position,
-            "cohort": ["unknown"] * size,
+            "cohort": [night.cohorts[shard]] * size,
             **{name: tables.numbers(values) for name, values in numbers.items()},
             "content_hash": pa.array(list(described[0].content_hash), pa.binary()),
         },
@@ -340,13 +359,14 @@ class WriteSignals(beam.DoFn):
         self,
         result: ShardResult,
         fits: Mapping[int, str],
-        choices: Mapping[int, tuple[int, float, float]],
+        judged: Mapping[tuple[int, str], np.ndarray],
     ) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
         night, ridges, summaries = self._night, _read_fits(fits), []
+        mine = choices(judged, night.cohorts[result.shard.path])
 
         def pieces() -> Iterator[pa.Table]:
             for rows, described in night.read(result):
-                piece = signals_of(night, result.shard.path, rows, described, ridges, choices)
+                piece = signals_of(night, result.shard.path, rows, described, ridges, mine)
                 summaries.append(
                     nights.summary(piece, night.kind == "classification", result.shard.identity)
                 )
@@ -407,14 +427,13 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
         | "AddSums" >> beam.CombinePerKey(_added)
         | "Fit" >> beam.Map(fitted, night)
     )
-    choices = (
+    tables_of_judged = (
         shards
         | "Judge" >> beam.FlatMap(judged, night, beam.pvalue.AsDict(fits))
         | "AddTables" >> beam.CombinePerKey(_added)
-        | "Choose" >> beam.Map(chosen)
     )
     parts = shards | "Signals" >> beam.ParDo(
-        WriteSignals(night), beam.pvalue.AsDict(fits), beam.pvalue.AsDict(choices)
+        WriteSignals(night), beam.pvalue.AsDict(fits), beam.pvalue.AsDict(tables_of_judged)
     )
     found = (
         parts
