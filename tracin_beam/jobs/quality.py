@@ -19,6 +19,7 @@ from tracin_beam.jobs.registry import JOBS
 from tracin_beam.signals import gates
 from tracin_beam.signals.gates import Gate
 from tracin_beam.storage import files, runs, sinks, tables, verdicts
+from tracin_beam.storage.files import Stamp
 from tracin_beam.storage.runs import Made, Output
 
 _VERSION = 1
@@ -222,11 +223,21 @@ def _made_by(run: Run) -> list[object]:
         reviewed,
         run.kind,
         _cohorts(run),
+        run.source.get().task.label_names,
     ]
 
 
 def _results(run: Run) -> Iterator[str]:
-    return (run.output.path("quality", date_of(run), name) for name in _FILES)
+    names = (*_FILES, "report.html")
+    return (run.output.path("quality", date_of(run), name) for name in names)
+
+
+def _page(run: Run, state: Mapping[str, Any]) -> dict[str, Stamp]:
+    from tracin_beam.report.write import write_quality_report
+
+    earlier = night.history(run.output, date_of(run))
+    stamp = write_quality_report(run.output, _state(run), run.source.get(), state, earlier)
+    return {run.output.path("quality", date_of(run), "report.html"): stamp}
 
 
 def _state(run: Run) -> Any:
@@ -253,7 +264,7 @@ def _summary(run: Run, state: Mapping[str, Any]) -> str:
             "The first checkpoint already predicts nearly all given labels, wrong ones too: save "
             "some of the first epochs next time, with TracInCheckpoint(save_freq=…)."
         )
-    lines.append(f"Written to {run.output.path('quality', date_of(run))}")
+    lines.append(f"Written to {run.output.path('quality', date_of(run))}: see report.html")
     return "\n".join([*lines, *gates.lines(found["gates"])])
 
 
@@ -277,4 +288,4 @@ def _status(run: Run) -> int:
     return gates.status(_state(run)["gates"])
 
 
-PARTS = Parts(graph, _summary, _made_by, _results, status=_status)
+PARTS = Parts(graph, _summary, _made_by, _results, _page, _status)

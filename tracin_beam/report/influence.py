@@ -53,7 +53,9 @@ def influence_page(
         max_tests=max_tests,
         tests_in_table=tests_in_table,
     )
-    return pages.render("influence.html", context, run)
+    return pages.render(
+        "influence.html", context, run, styles=("page.css", "influence.css"), scripts=()
+    )
 
 
 def influence_context(

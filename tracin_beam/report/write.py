@@ -1,16 +1,17 @@
 """Fetches the examples that a report shows, and writes it."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracin_beam.gradients import nests
 from tracin_beam.inputs import formats
-from tracin_beam.report import excerpt
+from tracin_beam.report import excerpt, quality, sprites
 from tracin_beam.report.explanations import Place, places_shown, reading
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Show, Shown, show_example
-from tracin_beam.storage import files, records
+from tracin_beam.storage import files, records, runs
 from tracin_beam.storage.runs import Output
 
 if TYPE_CHECKING:
@@ -49,8 +50,46 @@ def write_influence_report(
     return handle.stamp
 
 
+def write_quality_report(
+    output: Output,
+    night: Mapping[str, Any],
+    loaded: "Loaded",
+    state: Mapping[str, Any],
+    earlier: Sequence[Mapping[str, Any]],
+) -> files.Stamp:
+    """Writes quality/<date>/report.html, and returns what it then holds.
+
+    Args:
+      output: where the tables are.
+      night: what `metrics.json` holds.
+      loaded: the task, which parses the examples that are shown.
+      state: run.json.
+      earlier: what the `metrics.json` of earlier nights hold, oldest first.
+    """
+    folder = output.path("quality", night["date"])
+    found = quality.read(folder)
+    places = found.shown()
+    # Many pictures are small on the page anyway, and are held together.
+    side = sprites.SIDES[0] if len(places) <= 500 else 128 if len(places) <= 2000 else 64
+    page = quality.quality_page(
+        found,
+        shown_at(loaded.parse, places, loaded.task.show, side),
+        night,
+        state,
+        earlier=earlier,
+        label_names=loaded.task.label_names,
+        store=runs.digest([output.root]),
+    )
+    with files.atomic_write(files.join(folder, "report.html")) as handle:
+        handle.write(page.encode())
+    return handle.stamp
+
+
 def shown_at(
-    parse: "Callable[[Sequence[bytes]], Batch]", places: Collection[Place], show: Show | None
+    parse: "Callable[[Sequence[bytes]], Batch]",
+    places: Collection[Place],
+    show: Show | None,
+    side: int | None = None,
 ) -> dict[Place, Shown]:
     """What to show of examples; those that cannot be read or parsed are left out.
 
@@ -58,6 +97,7 @@ def shown_at(
       parse: makes a batch of serialised records.
       places: (shard, position) of each example.
       show: `Task.show`, or None.
+      side: pixels of a picture at most.
     """
     wanted: dict[str, set[int]] = {}
     for path, position in places:
@@ -68,7 +108,10 @@ def shown_at(
         while batch := list(itertools.islice(there, _AT_ONCE)):
             for record, features in zip(batch, _features(parse, batch), strict=True):
                 if features is not None:
-                    shown[path, record.position] = show_example(features, record.data, show)
+                    one = show_example(features, record.data, show)
+                    if side and one.kind == "image":
+                        one = dataclasses.replace(one, value=sprites.shrunk(one.value, side))
+                    shown[path, record.position] = one
     return shown
 
 

@@ -1,0 +1,517 @@
+"""The page of a night: its suspects, to be looked at and judged in a browser.
+
+The page takes the worst suspects of each kind, `MOST_SUSPECTS` together, and tables are read a
+piece at a time. Its script draws the plots itself, as SVG: a library that inlines its own takes a
+quarter of the page's bytes (Bokeh) or needs `eval`, which the page's policy forbids (Vega), and
+none knows the list that its marks are to filter.
+"""
+
+import base64
+import collections
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tracin_beam.report import packed, pages, sprites, words
+from tracin_beam.report.explanations import Place
+from tracin_beam.report.show import Shown
+from tracin_beam.storage import files
+
+MOST_SUSPECTS = 10_000
+MOST_EXAMPLES = 12_000  # whose content is shown: suspects, and the evidence of the worst
+LARGEST = 5_000_000  # bytes of a page
+_MOST_EVIDENCE = 8  # supporting examples of a suspect
+_LONGEST_ID = 10_000  # characters, as in a ledger
+_MOST_CURVES = 12  # checkpoints of a curve
+_BINS = 24
+_MOST_LISTED = 12  # shards
+_ROWS = 65_536
+_KEYS = 1 << 16  # first halves of float32 numbers
+
+# What a column is, for who points at its plot; others are shown by their names alone.
+SIGNALS = {
+    "mislabel_score": "1 − probability of the given label by all other examples",
+    "loss": "at the last checkpoint",
+    "best_other_ratio": "probability of the best other label over that of the given one",
+    "aum": "mean margin of the given label's logit over the checkpoints",
+    "self_influence": "how much the example lowers its own loss",
+    "probability_mean": "mean probability of the given label over the checkpoints",
+    "probability_std": "spread of the given label's probability over the checkpoints",
+    "forgetting": "how often it was right and then wrong again",
+    "el2n": "length of the error of the predicted probabilities",
+    "neighbour_agreement": "share of its nearest neighbours that have its label",
+    "neighbour_distance": "distance to its nearest neighbours",
+}
+_NOT_SIGNALS = {"position", "label", "prediction", "suggested_label"}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Found:
+    """What the tables say of the suspects of a page.
+
+    Attributes:
+      suspects: the worst rows of `suspects.parquet`, worst first.
+      counts: how many suspects of each kind the whole table has.
+      signals: columns of `signals.parquet`, float64 [suspects], NaN where there is none.
+      curves: columns of numbers by checkpoint, float64 [suspects, C].
+      labels: label and prediction of examples that have several, as text, by place.
+      places: where supporting examples are, by id.
+      given: their labels, by id.
+      everywhere: counts of all training examples' values by the first 16 bits of their float32.
+    """
+
+    suspects: pa.Table
+    counts: dict[str, int]
+    signals: dict[str, np.ndarray] = field(default_factory=dict)
+    curves: dict[str, np.ndarray] = field(default_factory=dict)
+    labels: dict[Place, tuple[str, str]] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    given: dict[str, float] = field(default_factory=dict)
+    everywhere: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def own(self) -> list[Place]:
+        """Where each suspect is."""
+        shards, positions = self.suspects["shard"].to_pylist(), self.suspects["position"]
+        return list(zip(shards, positions.to_pylist(), strict=True))
+
+    @property
+    def evidence(self) -> list[list[str]]:
+        """The ids that support each suspect."""
+        if "supporting_ids" not in self.suspects.column_names:
+            return [[] for _ in range(len(self.suspects))]
+        return [(ids or [])[:_MOST_EVIDENCE] for ids in self.suspects["supporting_ids"].to_pylist()]
+
+    def shown(self) -> list[Place]:
+        """The examples whose content is worth the page's bytes, in the order of their worth."""
+        places = dict.fromkeys(self.own)
+        for ids in self.evidence:
+            places.update(dict.fromkeys(self.places[i] for i in ids if i in self.places))
+        return list(places)[:MOST_EXAMPLES]
+
+
+def read(folder: str, most: int = MOST_SUSPECTS) -> Found:
+    """Reads what the page shows of a night's tables.
+
+    Args:
+      folder: of the night, with `suspects.parquet` and `signals.parquet`. Columns that are missing
+        are not shown.
+      most: suspects to show; each kind has its share of the worst.
+    """
+    found = Found(*worst(_pieces(files.join(folder, "suspects.parquet")), most))
+    look_up(found, _pieces(files.join(folder, "signals.parquet")))
+    return found
+
+
+def _pieces(path: str) -> Iterator[pa.Table]:
+    with files.local_copy(path) as local, pq.ParquetFile(local) as file:
+        yield file.schema_arrow.empty_table()
+        for batch in file.iter_batches(batch_size=_ROWS):
+            yield pa.Table.from_batches([batch])
+
+
+def worst(pieces: Iterator[pa.Table], most: int) -> tuple[pa.Table, dict[str, int]]:
+    """The worst suspects, as many of each kind as there are or as is its share.
+
+    Args:
+      pieces: of `suspects.parquet`, at least one.
+      most: rows to keep.
+
+    Returns:
+      Rows with the worst first, and the number of all suspects by kind.
+    """
+    kept: dict[str, pa.Table] = {}
+    counts = collections.Counter[str]()
+    empty = None
+    for piece in pieces:
+        empty = piece.slice(0, 0) if empty is None else empty
+        for kind in pc.unique(piece["kind"]).to_pylist():
+            mine = piece.filter(pc.equal(piece["kind"], kind))
+            counts[kind] += len(mine)
+            both = pa.concat_tables([kept.get(kind, empty), mine])
+            order = np.argsort(-_floats(both["score"]), kind="stable")[:most]
+            kept[kind] = both.take(pa.array(order, pa.int64()))
+    if empty is None:
+        raise ValueError("no pieces")
+    shares = dict.fromkeys(sorted(kept), 0)
+    left = most
+    while left and (open_ := [kind for kind in shares if shares[kind] < len(kept[kind])]):
+        for kind in open_:
+            more = min(max(1, left // len(open_)), len(kept[kind]) - shares[kind], left)
+            shares[kind] += more
+            left -= more
+    rows = pa.concat_tables([empty, *(kept[kind].slice(0, n) for kind, n in shares.items())])
+    order = np.argsort(-_floats(rows["score"]), kind="stable")
+    return rows.take(pa.array(order, pa.int64())), dict(sorted(counts.items()))
+
+
+def look_up(found: Found, pieces: Iterator[pa.Table]) -> None:
+    """Fills in what `signals.parquet` says of the suspects and of what supports them."""
+    rows_of: dict[Place, list[int]] = {}
+    for row, place in enumerate(found.own):
+        rows_of.setdefault(place, []).append(row)
+    positions = pa.array(sorted({position for _, position in rows_of}), pa.int64())
+    ids = pa.array(sorted({one for some in found.evidence for one in some}), pa.string())
+    size = len(found.suspects)
+    for piece in pieces:
+        names = _signals(piece.schema)
+        for name in names:
+            values = _floats(piece[name]).astype(np.float32)
+            values = values[np.isfinite(values)]
+            counted = np.bincount(values.view(np.uint32) >> 16, minlength=_KEYS)
+            found.everywhere[name] = found.everywhere.get(name, 0) + counted
+        if len(ids):
+            chosen = piece.filter(pc.is_in(piece["id"], ids))
+            places = zip(chosen["shard"].to_pylist(), chosen["position"].to_pylist(), strict=True)
+            labels = _floats(chosen["label"]).tolist()
+            for one, place, label in zip(chosen["id"].to_pylist(), places, labels, strict=True):
+                if one not in found.places:
+                    found.places[one], found.given[one] = place, label
+        piece = piece.filter(pc.is_in(piece["position"], positions))
+        at, to = [], []
+        places = zip(piece["shard"].to_pylist(), piece["position"].to_pylist(), strict=True)
+        for here, place in enumerate(places):
+            for row in rows_of.get(place, ()):
+                at.append(here)
+                to.append(row)
+        piece = piece.take(pa.array(at, pa.int64()))
+        for name in names:
+            into = found.signals.setdefault(name, np.full(size, np.nan))
+            into[to] = _floats(piece[name])
+        for name in _curves(piece.schema):
+            for row, values in zip(to, piece[name].to_pylist(), strict=True):
+                if values:
+                    into = found.curves.setdefault(name, np.full((size, len(values)), np.nan))
+                    into[row] = [math.nan if value is None else value for value in values]
+        if _is_list(piece.schema, "label"):
+            columns = zip(*(_texts(piece, name) for name in ("label", "prediction")), strict=True)
+            found.labels.update(zip((found.own[row] for row in to), columns, strict=True))
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+        return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
+    return np.full(len(column), np.nan)
+
+
+def _is_list(schema: pa.Schema, name: str) -> bool:
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    return pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _texts(piece: pa.Table, name: str) -> list[str]:
+    if not _is_list(piece.schema, name):
+        return [""] * len(piece)
+    lists = piece[name].to_pylist()
+    return [" ".join(words.number(v) for v in one[:64] if v is not None) for one in map(_or, lists)]
+
+
+def _or(values: list[Any] | None) -> list[Any]:
+    return values or []
+
+
+def _signals(schema: pa.Schema) -> list[str]:
+    numbers = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+    return [*(n for n in SIGNALS if n in numbers),
+            *(n for n in numbers if n not in SIGNALS and n not in _NOT_SIGNALS)]  # fmt: skip
+
+
+def _curves(schema: pa.Schema) -> list[str]:
+    return [name for name in schema.names if name.endswith("_by_checkpoint")]
+
+
+def quality_page(
+    found: Found,
+    shown: Mapping[Place, Shown],
+    night: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    earlier: Sequence[Mapping[str, Any]] = (),
+    label_names: Sequence[str] | None = None,
+    store: str = "",
+    largest: int = LARGEST,
+) -> str:
+    """Makes the page.
+
+    Args:
+      found: what the tables say.
+      shown: what to show of examples; of others only the id is shown.
+      night: what `metrics.json` holds.
+      run: what run.json holds.
+      earlier: what the `metrics.json` of earlier nights hold, oldest first.
+      label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
+      store: tells the verdicts that a browser keeps for this data from those for other data.
+      largest: bytes of the page, for which contents of examples are made smaller and left out. The
+        rest of the page takes some 100 kB and some 100 bytes for each suspect.
+
+    Returns:
+      A whole HTML document that refers to nothing outside itself.
+    """
+    names = [words.shown(name) for name in label_names] if label_names is not None else None
+    total = sum(found.counts.values())
+    size = len(found.suspects)
+    while True:
+        order, core = _core(found, size, night, run, names, store)
+        # What is hostile enough to fill half a page with ids takes the place of other suspects.
+        if len(core) <= largest // 2 or size < 2:
+            break
+        size //= 2
+    said = []
+    if size < total:
+        said.append(f"The page has the worst {size:,} of {total:,} suspects, of each kind its share.")
+    context = {
+        "date": night["date"],
+        "night": _night(night, earlier),
+        "core": core,
+        "total": total,
+        "shown": size,
+    }
+    bare = {**context, "contents": "", "sheets": [], "said": said}
+    budget = largest - len(_render(bare, run).encode()) - 1000
+    contents, sheets, left_out = _contents(order, shown, budget)
+    if left_out:
+        said = [*said, *left_out]
+    for line in said:
+        _log.info("%s", line)
+    return _render({**context, "contents": contents, "sheets": sheets, "said": said}, run)
+
+
+def _render(context: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    return pages.render(
+        "quality.html", context, run, styles=("page.css", "quality.css"), scripts=("quality.js",)
+    )
+
+
+def _core(
+    found: Found,
+    size: int,
+    night: Mapping[str, Any],
+    run: Mapping[str, Any],
+    names: Sequence[str] | None,
+    store: str,
+) -> tuple[list[Place | None], str]:
+    """The page's examples in order, None where a place is unknown, and what is packed of them.
+
+    The suspects' own examples come first.
+    """
+    rows = found.suspects.slice(0, size)
+    own, evidence = found.own[:size], found.evidence[:size]
+    number_of: dict[Any, int] = {}
+    ids: list[str] = []
+    places: list[Place | None] = []
+    labels: list[float] = []
+    columns = {name: rows[name].to_pylist() if name in rows.column_names else [None] * size
+               for name in ("id", "content_hash", "first_seen", "cohort")}  # fmt: skip
+    numbers = {
+        name: _floats(rows[name]) if name in rows.column_names else np.full(size, np.nan)
+        for name in ("score", "confidence", "label", "suggested_label")
+    }
+    hashes = bytearray()
+    for place, one, label, content in zip(
+        own, columns["id"], numbers["label"].tolist(), columns["content_hash"], strict=True
+    ):
+        if place not in number_of:
+            number_of[place] = len(ids)
+            ids.append(one or "")
+            places.append(place)
+            labels.append(label)
+            usable = isinstance(content, bytes) and len(content) == 16
+            usable = usable and len(one or "") <= _LONGEST_ID
+            hashes += content if usable else bytes(16)
+    supports: list[int] = []
+    ends = []
+    for some in evidence:
+        for one in some:
+            place = found.places.get(one)
+            key = place if place is not None else one
+            if key not in number_of:
+                number_of[key] = len(ids)
+                ids.append(one)
+                places.append(place)
+                labels.append(found.given.get(one, math.nan))
+            supports.append(number_of[key])
+        ends.append(len(supports))
+    arrays = {
+        "example": np.array([number_of[place] for place in own], np.int32),
+        "position": np.array([position for _, position in own], np.float64),
+        "hash": np.frombuffer(bytes(hashes), np.uint8),
+        "given": np.array(labels, np.float64),
+        "suggested": numbers["suggested_label"],
+        "supports": np.array(supports, np.int32),
+        "ends": np.array(ends, np.int32),
+    }
+    choices = {
+        "kind": rows["kind"].to_pylist(),
+        "shard": [shard for shard, _ in own],
+        "cohort": [cohort or "unknown" for cohort in columns["cohort"]],
+        "first_seen": [seen or "" for seen in columns["first_seen"]],
+    }
+    kinds_of_choice = {}
+    for name, values in choices.items():
+        distinct = sorted(set(values))
+        kinds_of_choice[name] = distinct
+        index = {value: i for i, value in enumerate(distinct)}
+        arrays[name] = np.array([index[value] for value in values], np.int32)
+    described = []
+    for name, values in {
+        "score": numbers["score"],
+        "confidence": numbers["confidence"],
+        **{name: values[:size] for name, values in found.signals.items()},
+    }.items():
+        if np.isfinite(values).any():
+            arrays[f"signal {name}"], scale = packed.halves(values)
+            described.append({"name": name, "scale": scale} | _bins(values, found.everywhere.get(name)))
+            described[-1]["about"] = SIGNALS.get(name, "")
+    curves = []
+    for name, values in found.curves.items():
+        values = values[:size]
+        if not np.isfinite(values).any() or values.shape[1] < 2:
+            continue
+        at = np.unique(np.linspace(0, values.shape[1] - 1, _MOST_CURVES).round().astype(int))
+        arrays[f"curve {name}"], scale = packed.halves(values[:, at].ravel())
+        steps = [c.get("step") for c in run.get("checkpoints") or []]
+        steps = steps if len(steps) == values.shape[1] else list(range(1, values.shape[1] + 1))
+        curves.append(
+            {
+                "name": name.removesuffix("_by_checkpoint"),
+                "column": f"curve {name}",
+                "scale": scale,
+                "steps": [steps[i] for i in at],
+            }
+            | _bins(values.ravel(), None, 12)
+        )
+    kind = run.get("kind")
+    header = {
+        "date": night["date"],
+        "store": store,
+        "task": kind.get("name") if isinstance(kind, Mapping) else None,
+        "ids": [one if len(one) <= _LONGEST_ID else words.shown(one) for one in ids],
+        "names": names,
+        "choices": kinds_of_choice,
+        "signals": described,
+        "curves": curves,
+        "labels": {
+            str(number_of[place]): texts for place, texts in found.labels.items() if place in number_of
+        },
+    }
+    return places, packed.pack(header, arrays)
+
+
+def _bins(values: np.ndarray, everywhere: np.ndarray | None, count: int = _BINS) -> dict[str, Any]:
+    """Edges of a histogram, whether they are equally far apart in the logarithm, and all's counts.
+
+    What lies beyond the last edge belongs to the last bin.
+    """
+    finite = values[np.isfinite(values)]
+    low, high = np.quantile(finite, [0.005, 0.995])
+    keys = np.flatnonzero(everywhere) if everywhere is not None else np.zeros(0, np.int64)
+    middle = ((keys.astype(np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
+    if everywhere is not None and len(keys):
+        middle, keys = (x[np.argsort(middle)] for x in (middle, keys))
+        shares = everywhere[keys].cumsum() / everywhere[keys].sum()
+        low = min(low, middle[np.searchsorted(shares, 0.005)])
+        high = max(high, middle[np.searchsorted(shares, 0.995)])
+    least, most = float(finite.min()), float(finite.max())
+    log = bool(least > 0 and most > 1 and 300 * float(np.quantile(finite, 0.25)) < high)
+    if least >= 0 and most <= 1 and high - low > 0.3:
+        low, high = 0.0, 1.0
+    if log:
+        low = max(low, least, high * 1e-6)
+        edges = np.geomspace(low, high, count + 1)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, count + 1)
+    counts: list[int] = []
+    if everywhere is not None and len(keys):
+        at = (np.searchsorted(edges, middle, side="right") - 1).clip(0, count - 1)
+        counts = np.bincount(at, everywhere[keys], minlength=count).astype(int).tolist()
+    return {"edges": edges.tolist(), "log": log, "everywhere": counts}
+
+
+def _contents(
+    places: Sequence[Place | None], shown: Mapping[Place, Shown], budget: int
+) -> tuple[str, list[str], list[str]]:
+    """What is packed of the examples' contents, the sprites in base64, and what was left out."""
+    there = [(i, shown[place]) for i, place in enumerate(places) if place in shown]
+    pictures = [(i, one) for i, one in there if one.kind == "image"]
+    others = [(i, one) for i, one in there if one.kind != "image"]
+    said = []
+    share = budget if not pictures else budget // 2
+    every = len(others)
+    while len(text := _texts_of(others)) > share and others:
+        others = others[: min(len(others) - 1, int(len(others) * 0.9 * share / len(text)))]
+    if len(others) < every:
+        said.append(
+            f"The contents of {every - len(others):,} of {len(there):,} examples are left out."
+        )
+    if not pictures:
+        return text, [], said
+    left = (budget - len(text) - len(pictures) * 12) * 3 // 4
+    kept = len(pictures)
+    sheets = None
+    while kept and not (sheets := sprites.fitting([p.value for _, p in pictures[:kept]], left)):
+        kept //= 2
+    if kept < len(pictures):
+        said.append(f"{len(pictures) - kept:,} of {len(pictures):,} pictures are left out.")
+    if sheets is None:
+        return text, [], said
+    native = max(max(one.value.shape[:2]) for _, one in pictures)
+    if sheets.side < native or sheets.quality < 70:
+        said.append(
+            f"Pictures have {sheets.side} pixels at most and WebP's quality {sheets.quality}, so "
+            "that the page stays small."
+        )
+    boxes = np.full((len(places), 5), -1, np.int32)
+    boxes[[i for i, _ in pictures[:kept]]] = sheets.boxes
+    text = _texts_of(others, boxes, native <= 64)
+    return text, [base64.b64encode(one).decode("ascii") for one in sheets.files], said
+
+
+def _texts_of(
+    others: Sequence[tuple[int, Shown]], boxes: np.ndarray | None = None, pixelated: bool = False
+) -> str:
+    contents = {}
+    for i, one in others:
+        if one.kind == "audio":
+            contents[i] = {"wav": base64.b64encode(one.wav).decode("ascii")}
+        else:
+            contents[i] = one.value
+    arrays = {"boxes": boxes.ravel()} if boxes is not None else {}
+    return packed.pack({"contents": contents, "pixelated": pixelated}, arrays)
+
+
+def _night(night: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page says of the night: metrics beside the last night's, gates, and shards."""
+    last = next((one for one in reversed(earlier) if one["date"] < night["date"]), None)
+    before = last["metrics"] if last else {}
+    metrics = []
+    for name, value in night.get("metrics", {}).items():
+        old = before.get(name)
+        if _is_number(value) and (value or old):
+            change = value - old if _is_number(old) else None
+            metrics.append({"name": name, "value": value, "old": old, "change": change})
+    shards = night.get("by_shard", {})
+    order = sorted(shards, key=lambda path: -(shards[path].get("suspects") or 0))[:_MOST_LISTED]
+    return {
+        "last": last["date"] if last else None,
+        "metrics": metrics,
+        "changes": {k: v for k, v in (night.get("changes") or {}).items() if _is_number(v)},
+        "gates": night.get("gates") or [],
+        "shards": [(words.shown(path), shards[path]) for path in order],
+        "more_shards": len(shards) - len(order),
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
