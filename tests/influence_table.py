@@ -64,7 +64,7 @@ def table(*tests: int, **others: object) -> pa.Table:
 class Page(html.parser.HTMLParser):
     """A page's elements and visible text; fails on elements that are not closed in order."""
 
-    VOID = frozenset({"meta", "img", "line", "rect"})
+    VOID = frozenset({"meta", "img", "input", "line", "rect"})
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Page(html.parser.HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
-        if not {"style", "title"} & set(self._open):
+        if not {"style", "title", "script"} & set(self._open):
             self.text += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:

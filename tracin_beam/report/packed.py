@@ -49,6 +49,6 @@ def halves(values: np.ndarray) -> tuple[np.ndarray, float]:
     """
     finite = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
     largest = np.nanmax(np.abs(finite)) if np.isfinite(finite).any() else 0.0
-    exponent = int(np.clip(np.floor(np.log2(largest)) - 14, -900, 900)) if largest > 0 else 0
+    exponent = int(np.clip(np.floor(np.log2(largest)) - 14, -1000, 1009)) if largest > 0 else 0
     scale = 2.0**exponent
     return (finite / scale).astype(np.float16), scale

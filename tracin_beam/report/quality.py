@@ -8,7 +8,6 @@ none knows the list that its marks are to filter.
 
 import base64
 import collections
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ _MOST_EVIDENCE = 8  # supporting examples of a suspect
 _LONGEST_ID = 10_000  # characters, as in a ledger
 _MOST_CURVES = 12  # checkpoints of a curve
 _BINS = 24
+_CURVE_BINS = 12
 _MOST_LISTED = 12  # shards
 _ROWS = 65_536
 _KEYS = 1 << 16  # first halves of float32 numbers
@@ -146,8 +146,9 @@ def worst(pieces: Iterator[pa.Table], most: int) -> tuple[pa.Table, dict[str, in
     shares = dict.fromkeys(sorted(kept), 0)
     left = most
     while left and (open_ := [kind for kind in shares if shares[kind] < len(kept[kind])]):
+        share = max(1, left // len(open_))
         for kind in open_:
-            more = min(max(1, left // len(open_)), len(kept[kind]) - shares[kind], left)
+            more = min(share, len(kept[kind]) - shares[kind], left)
             shares[kind] += more
             left -= more
     rows = pa.concat_tables([empty, *(kept[kind].slice(0, n) for kind, n in shares.items())])
@@ -223,7 +224,9 @@ def _or(values: list[Any] | None) -> list[Any]:
 
 
 def _signals(schema: pa.Schema) -> list[str]:
-    numbers = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+    numbers = [
+        f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)
+    ]
     return [*(n for n in SIGNALS if n in numbers),
             *(n for n in numbers if n not in SIGNALS and n not in _NOT_SIGNALS)]  # fmt: skip
 
@@ -270,7 +273,9 @@ def quality_page(
         size //= 2
     said = []
     if size < total:
-        said.append(f"The page has the worst {size:,} of {total:,} suspects, of each kind its share.")
+        said.append(
+            f"The page has the worst {size:,} of {total:,} suspects, of each kind its share."
+        )
     context = {
         "date": night["date"],
         "night": _night(night, earlier),
@@ -294,6 +299,35 @@ def _render(context: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     )
 
 
+@dataclass
+class _Examples:
+    """The examples of a page, each once: the suspects' own first, then what supports them.
+
+    Attributes:
+      places: None where it is not known.
+      hashes: 16 bytes for each suspect's own; zeros for one that cannot be judged.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    places: list[Place | None] = field(default_factory=list)
+    labels: list[float] = field(default_factory=list)
+    hashes: bytearray = field(default_factory=bytearray)
+    numbers: dict[Place | str, int] = field(default_factory=dict)
+
+    def number(self, one: str, place: Place | None, label: float, content: Any = None) -> int:
+        """The number of an example, a new one if it has none."""
+        key = one if place is None else place
+        if key not in self.numbers:
+            self.numbers[key] = len(self.ids)
+            long = len(one) > _LONGEST_ID
+            self.ids.append(words.shown(one) if long else one)
+            self.places.append(place)
+            self.labels.append(label)
+            if isinstance(content, bytes):
+                self.hashes += bytes(16) if long or len(content) != 16 else content
+        return self.numbers[key]
+
+
 def _core(
     found: Found,
     size: int,
@@ -302,111 +336,87 @@ def _core(
     names: Sequence[str] | None,
     store: str,
 ) -> tuple[list[Place | None], str]:
-    """The page's examples in order, None where a place is unknown, and what is packed of them.
+    """Where the page's examples are, in order, and what is packed of its first suspects."""
+    rows, own = found.suspects.slice(0, size), found.own[:size]
 
-    The suspects' own examples come first.
-    """
-    rows = found.suspects.slice(0, size)
-    own, evidence = found.own[:size], found.evidence[:size]
-    number_of: dict[Any, int] = {}
-    ids: list[str] = []
-    places: list[Place | None] = []
-    labels: list[float] = []
-    columns = {name: rows[name].to_pylist() if name in rows.column_names else [None] * size
-               for name in ("id", "content_hash", "first_seen", "cohort")}  # fmt: skip
-    numbers = {
-        name: _floats(rows[name]) if name in rows.column_names else np.full(size, np.nan)
-        for name in ("score", "confidence", "label", "suggested_label")
-    }
-    hashes = bytearray()
-    for place, one, label, content in zip(
-        own, columns["id"], numbers["label"].tolist(), columns["content_hash"], strict=True
-    ):
-        if place not in number_of:
-            number_of[place] = len(ids)
-            ids.append(one or "")
-            places.append(place)
-            labels.append(label)
-            usable = isinstance(content, bytes) and len(content) == 16
-            usable = usable and len(one or "") <= _LONGEST_ID
-            hashes += content if usable else bytes(16)
+    def column(name: str, absent: Any) -> list[Any]:
+        there = rows[name].to_pylist() if name in rows.column_names else [None] * size
+        return [absent if value is None else value for value in there]
+
+    def numbers(name: str) -> np.ndarray:
+        return _floats(rows[name]) if name in rows.column_names else np.full(size, np.nan)
+
+    examples = _Examples()
+    suspects = zip(
+        column("id", ""), own, numbers("label").tolist(), column("content_hash", b""), strict=True
+    )
+    example = [examples.number(*one) for one in suspects]
     supports: list[int] = []
     ends = []
-    for some in evidence:
+    for some in found.evidence[:size]:
         for one in some:
-            place = found.places.get(one)
-            key = place if place is not None else one
-            if key not in number_of:
-                number_of[key] = len(ids)
-                ids.append(one)
-                places.append(place)
-                labels.append(found.given.get(one, math.nan))
-            supports.append(number_of[key])
+            label = found.given.get(one, math.nan)
+            supports.append(examples.number(one, found.places.get(one), label))
         ends.append(len(supports))
-    arrays = {
-        "example": np.array([number_of[place] for place in own], np.int32),
+    arrays: dict[str, np.ndarray] = {
+        "example": np.array(example, np.int32),
         "position": np.array([position for _, position in own], np.float64),
-        "hash": np.frombuffer(bytes(hashes), np.uint8),
-        "given": np.array(labels, np.float64),
-        "suggested": numbers["suggested_label"],
+        "hash": np.frombuffer(bytes(examples.hashes), np.uint8),
+        "given": np.array(examples.labels, np.float64),
+        "suggested": numbers("suggested_label"),
         "supports": np.array(supports, np.int32),
         "ends": np.array(ends, np.int32),
     }
-    choices = {
-        "kind": rows["kind"].to_pylist(),
-        "shard": [shard for shard, _ in own],
-        "cohort": [cohort or "unknown" for cohort in columns["cohort"]],
-        "first_seen": [seen or "" for seen in columns["first_seen"]],
-    }
-    kinds_of_choice = {}
-    for name, values in choices.items():
-        distinct = sorted(set(values))
-        kinds_of_choice[name] = distinct
-        index = {value: i for i, value in enumerate(distinct)}
-        arrays[name] = np.array([index[value] for value in values], np.int32)
+    choices = {}
+    for name, absent in {"kind": "", "shard": "", "cohort": "unknown", "first_seen": ""}.items():
+        chosen = column(name, absent)
+        choices[name] = sorted(set(chosen))
+        codes = {value: code for code, value in enumerate(choices[name])}
+        arrays[name] = np.array([codes[value] for value in chosen], np.int32)
+    signals = {"score": numbers("score"), "confidence": numbers("confidence")}
+    signals |= {name: values[:size] for name, values in found.signals.items()}
     described = []
-    for name, values in {
-        "score": numbers["score"],
-        "confidence": numbers["confidence"],
-        **{name: values[:size] for name, values in found.signals.items()},
-    }.items():
+    for name, values in signals.items():
         if np.isfinite(values).any():
             arrays[f"signal {name}"], scale = packed.halves(values)
-            described.append({"name": name, "scale": scale} | _bins(values, found.everywhere.get(name)))
-            described[-1]["about"] = SIGNALS.get(name, "")
+            bins = _bins(values, found.everywhere.get(name))
+            about = SIGNALS.get(name, "")
+            described.append({"name": name, "scale": scale, "about": about, **bins})
+    steps = [one.get("step") for one in run.get("checkpoints") or []]
     curves = []
     for name, values in found.curves.items():
         values = values[:size]
-        if not np.isfinite(values).any() or values.shape[1] < 2:
-            continue
-        at = np.unique(np.linspace(0, values.shape[1] - 1, _MOST_CURVES).round().astype(int))
-        arrays[f"curve {name}"], scale = packed.halves(values[:, at].ravel())
-        steps = [c.get("step") for c in run.get("checkpoints") or []]
-        steps = steps if len(steps) == values.shape[1] else list(range(1, values.shape[1] + 1))
-        curves.append(
-            {
-                "name": name.removesuffix("_by_checkpoint"),
-                "column": f"curve {name}",
-                "scale": scale,
-                "steps": [steps[i] for i in at],
-            }
-            | _bins(values.ravel(), None, 12)
-        )
+        if np.isfinite(values).any() and values.shape[1] > 1:
+            at = np.linspace(0, values.shape[1] - 1, _MOST_CURVES).round().astype(int)
+            at = np.unique(at)
+            arrays[f"curve {name}"], scale = packed.halves(values[:, at].ravel())
+            known = steps if len(steps) == values.shape[1] else range(1, values.shape[1] + 1)
+            curves.append(
+                {
+                    "name": name.removesuffix("_by_checkpoint"),
+                    "column": f"curve {name}",
+                    "scale": scale,
+                    "steps": [known[i] for i in at],
+                    **_bins(values.ravel(), None, _CURVE_BINS),
+                }
+            )
     kind = run.get("kind")
     header = {
         "date": night["date"],
         "store": store,
         "task": kind.get("name") if isinstance(kind, Mapping) else None,
-        "ids": [one if len(one) <= _LONGEST_ID else words.shown(one) for one in ids],
+        "ids": examples.ids,
         "names": names,
-        "choices": kinds_of_choice,
+        "choices": choices,
         "signals": described,
         "curves": curves,
         "labels": {
-            str(number_of[place]): texts for place, texts in found.labels.items() if place in number_of
+            str(examples.numbers[place]): texts
+            for place, texts in found.labels.items()
+            if place in examples.numbers
         },
     }
-    return places, packed.pack(header, arrays)
+    return examples.places, packed.pack(header, arrays)
 
 
 def _bins(values: np.ndarray, everywhere: np.ndarray | None, count: int = _BINS) -> dict[str, Any]:
@@ -415,35 +425,38 @@ def _bins(values: np.ndarray, everywhere: np.ndarray | None, count: int = _BINS)
     What lies beyond the last edge belongs to the last bin.
     """
     finite = values[np.isfinite(values)]
-    low, high = np.quantile(finite, [0.005, 0.995])
-    keys = np.flatnonzero(everywhere) if everywhere is not None else np.zeros(0, np.int64)
-    middle = ((keys.astype(np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
-    if everywhere is not None and len(keys):
-        middle, keys = (x[np.argsort(middle)] for x in (middle, keys))
-        shares = everywhere[keys].cumsum() / everywhere[keys].sum()
-        low = min(low, middle[np.searchsorted(shares, 0.005)])
-        high = max(high, middle[np.searchsorted(shares, 0.995)])
     least, most = float(finite.min()), float(finite.max())
-    log = bool(least > 0 and most > 1 and 300 * float(np.quantile(finite, 0.25)) < high)
-    if least >= 0 and most <= 1 and high - low > 0.3:
-        low, high = 0.0, 1.0
+    low, high = np.quantile(finite, [0.005, 0.995]).tolist()
+    all_values, counts = np.zeros(0), np.zeros(0)
+    if everywhere is not None:
+        keys = np.flatnonzero(everywhere)
+        # The middle of what has the same 16 bits.
+        all_values = ((keys.astype(np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
+        order = np.argsort(all_values)
+        all_values, counts = all_values[order], everywhere[keys[order]]
+    if len(counts):
+        shares = counts.cumsum() / counts.sum()
+        low = min(low, float(all_values[np.searchsorted(shares, 0.005)]))
+        high = max(high, float(all_values[np.searchsorted(shares, 0.995)]))
+    log = least > 0 and most > 1 and 300 * float(np.quantile(finite, 0.25)) < high
     if log:
-        low = max(low, least, high * 1e-6)
-        edges = np.geomspace(low, high, count + 1)
+        edges = np.geomspace(max(low, least, high * 1e-6), high, count + 1)
     else:
-        edges = np.linspace(low, high if high > low else low + 1, count + 1)
-    counts: list[int] = []
-    if everywhere is not None and len(keys):
-        at = (np.searchsorted(edges, middle, side="right") - 1).clip(0, count - 1)
-        counts = np.bincount(at, everywhere[keys], minlength=count).astype(int).tolist()
-    return {"edges": edges.tolist(), "log": log, "everywhere": counts}
+        if least >= 0 and most <= 1 and high - low > 0.3:
+            low, high = 0.0, 1.0
+        edges = np.linspace(low, high if high > low else low + abs(low) / 2 + 1, count + 1)
+    at = (np.searchsorted(edges, all_values, side="right") - 1).clip(0, count - 1)
+    everyone = np.bincount(at, counts, minlength=count).astype(int).tolist() if len(at) else []
+    return {"edges": edges.tolist(), "log": log, "everywhere": everyone}
 
 
 def _contents(
     places: Sequence[Place | None], shown: Mapping[Place, Shown], budget: int
 ) -> tuple[str, list[str], list[str]]:
     """What is packed of the examples' contents, the sprites in base64, and what was left out."""
-    there = [(i, shown[place]) for i, place in enumerate(places) if place in shown]
+    there = [
+        (i, shown[place]) for i, place in enumerate(places) if place is not None and place in shown
+    ]
     pictures = [(i, one) for i, one in there if one.kind == "image"]
     others = [(i, one) for i, one in there if one.kind != "image"]
     said = []
@@ -487,7 +500,7 @@ def _texts_of(
             contents[i] = {"wav": base64.b64encode(one.wav).decode("ascii")}
         else:
             contents[i] = one.value
-    arrays = {"boxes": boxes.ravel()} if boxes is not None else {}
+    arrays = {} if boxes is None else {"boxes": boxes.ravel()}
     return packed.pack({"contents": contents, "pixelated": pixelated}, arrays)
 
 
@@ -495,23 +508,40 @@ def _night(night: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> di
     """What the page says of the night: metrics beside the last night's, gates, and shards."""
     last = next((one for one in reversed(earlier) if one["date"] < night["date"]), None)
     before = last["metrics"] if last else {}
+    numbers = {k: v for k, v in (night.get("metrics") or {}).items() if _is_number(v)}
     metrics = []
-    for name, value in night.get("metrics", {}).items():
+    for name, value in numbers.items():
         old = before.get(name)
-        if _is_number(value) and (value or old):
-            change = value - old if _is_number(old) else None
-            metrics.append({"name": name, "value": value, "old": old, "change": change})
-    shards = night.get("by_shard", {})
+        change = _written(value - old, sign=True) if _is_number(old) and value != old else ""
+        if value or old:
+            metrics.append(
+                {"name": name, "value": _written(value), "old": _written(old), "change": change}
+            )
+    shards = night.get("by_shard") or {}
     order = sorted(shards, key=lambda path: -(shards[path].get("suspects") or 0))[:_MOST_LISTED]
+    columns = ("examples", "suspects", "mean_loss")
     return {
         "last": last["date"] if last else None,
+        "numbers": numbers,
         "metrics": metrics,
         "changes": {k: v for k, v in (night.get("changes") or {}).items() if _is_number(v)},
         "gates": night.get("gates") or [],
-        "shards": [(words.shown(path), shards[path]) for path in order],
+        "shards": [
+            (words.shown(path), {name: _written(shards[path].get(name)) for name in columns})
+            for path in order
+        ],
         "more_shards": len(shards) - len(order),
     }
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _written(value: Any, *, sign: bool = False) -> str:
+    if not _is_number(value):
+        return ""
+    plus = "+" if sign else ""
+    whole = float(value).is_integer() and abs(value) < 1e15
+    text = f"{int(value):{plus},}" if whole else words.number(value, sign=sign)
+    return text.replace("-", "−")
