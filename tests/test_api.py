@@ -65,6 +65,13 @@ def test_a_finished_run_is_opened(tiny, made):
         run.influence("other").table()
 
 
+def test_a_night_that_was_not(made):
+    run = made[0].run
+    for find in (run.suspects, run.signals):
+        with pytest.raises(InputError, match=r"no night of 1999-01-01 .*: run quality"):
+            find("1999-01-01")
+
+
 def test_one_example_is_explained(tiny, made):
     run = tracin_beam.open(tiny.out, task=f"{tiny.folder}/task.py:task")
     some = tiny.good("test")[0].id

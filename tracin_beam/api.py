@@ -68,6 +68,18 @@ class FinishedRun:
         """The self-influence table: a row for each training example."""
         return Result(self, self._paths().self_influence())
 
+    def suspects(self, date: str | None = None) -> "Result":
+        """What a night found to look at, the worst of each kind first; by default the last night.
+
+        Raises:
+          InputError: there was no such night.
+        """
+        return self._of_night("suspects.parquet", date)
+
+    def signals(self, date: str | None = None) -> "Result":
+        """A row for each training example, with all its signals, of a night as for `suspects`."""
+        return self._of_night("signals.parquet", date)
+
     def explain(self, test_id: str | int, test_name: str = "test") -> "Explanation":
         """The rows of one test example, which a notebook shows with its images.
 
@@ -86,6 +98,20 @@ class FinishedRun:
                 f"No example {wanted!r} is in {table.folder}; some that are: {', '.join(near)}."
             )
         return Explanation(self, rows)
+
+    def _of_night(self, table: str, date: str | None) -> "Result":
+        from tracin_beam.storage import files
+
+        nights = self._paths().path("quality")
+        found = sorted(path for path in files.under(nights) if os.path.basename(path) == table)
+        if date is not None:
+            wanted = files.join(nights, date, table)
+            found = [path for path in found if path == wanted]
+        if not found:
+            when = "no night yet" if date is None else f"no night of {date}"
+            raise InputError(f"There is {when} in {nights}: run quality.")
+        page = files.join(os.path.dirname(found[-1]), "report.html")
+        return Result(self, found[-1], page if files.exists(page) else None)
 
     def _paths(self) -> "Output":
         from tracin_beam.storage import files
@@ -124,7 +150,7 @@ class Result:
 
     Attributes:
       run: all that is in the output directory.
-      folder: of the table's Parquet files; empty for a job that makes none.
+      folder: of the table's Parquet files, or the one file; empty for a job that makes none.
       report: path of the page that shows the table, if there is one.
       note: what to say of a job that was not waited for.
     """
@@ -164,7 +190,8 @@ class Result:
             raise InputError("This job makes no table.")
         from tracin_beam.storage import tables
 
-        return tables.read_folder(self.folder, columns=columns, filters=filters)
+        read = tables.read if self.folder.endswith(".parquet") else tables.read_folder
+        return read(self.folder, columns=columns, filters=filters)
 
     def __repr__(self) -> str:
         lines = [self.note] if self.note else []
@@ -176,7 +203,7 @@ class Result:
         said = html.escape(repr(self)).replace("\n", "<br>")
         if not self.folder or self.note:
             return f"<p>{said}</p>"
-        if self.report:
+        if self.report and not self.folder.endswith(".parquet"):
             return f"<p>{said}</p>{_framed(self.run._page(self._read()))}"
         first = self._read().slice(0, _SHOWN)
         head = "".join(f"<th>{html.escape(name)}</th>" for name in first.column_names)
@@ -340,16 +367,21 @@ def quality(
     Args and errors are those of `influence`, without a test set; and `date`, such as "2026-11-22",
     by default today's. Gates are told in `metrics.json`, and raise nothing.
 
+    Returns:
+      The suspects; `run.signals()` of it has a row for every training example.
+
     Example:
 
-      >>> import os, tracin_beam
+      >>> import tracin_beam
       >>> night = tracin_beam.quality(**example_inputs, date="2026-11-22", progress=False)
-      >>> sorted(os.listdir(f"{example_inputs['output']}/quality/2026-11-22"))[-2:]
-      ['signals.parquet', 'suspects.parquet']
+      >>> night.run.signals().table("arrow").num_rows
+      24
     """
     inputs = {"checkpoints": checkpoints, "train": train, "output": output}
     run, note = _run("quality", task, {**inputs, **flags}, options, progress)
-    return Result(run, note=note)
+    if note:
+        return Result(run, note=note)
+    return run.suspects(str(flags["date"]) if flags.get("date") else None)
 
 
 def embed(
