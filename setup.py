@@ -52,7 +52,6 @@ setup(
             "pytest-xdist",
             "ruff",
             "scikit-learn",
-            "selenium",  # drives Chromium, which apt-get installs: chromium and chromium-driver
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -101,9 +101,12 @@ def test_a_week(job, capsys):
     assert {path: after[path] for path in before[1]} == before[1]
     second, found, metrics = night(job, "2026-11-23")
     assert len(second) == 32
-    seen = {r["id"]: r["first_seen"] for r in found}
-    known = {r["id"] for r in suspects}
+    seen = {(r["id"], r["kind"]): r["first_seen"] for r in found}
+    known = {(r["id"], r["kind"]) for r in suspects}
     assert all(date == "2026-11-22" for name, date in seen.items() if name in known)
+    # The same example under another id.
+    (copy,) = (r for r in found if r["kind"] == "duplicate")
+    assert (copy["id"], copy["supporting_ids"]) == ("copy", [job.good("train")[4].id])
     assert metrics["metrics"]["new_suspects"] == sum(d == "2026-11-23" for d in seen.values())
     assert night(job)[0] == first  # stays as it was
 

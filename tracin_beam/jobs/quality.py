@@ -115,7 +115,7 @@ def write_night(
       output: the output directory.
       date: of the night.
       parts: path of the signals and `nights.summary` of each training shard, by its path.
-      duplicates: suspects of this kind.
+      duplicates: suspects of other kinds than mislabelled, by "shard" and "position".
       conditions: the gates.
       kind: of the task.
 
@@ -127,6 +127,7 @@ def write_night(
     folder = output.path("quality", date)
 
     rows: list[dict[str, Any]] = [dict(row) for row in duplicates]
+    named = _Names(rows)
     wrong = collections.Counter[str]()
 
     def pieces() -> Iterator[pa.Table]:
@@ -135,6 +136,7 @@ def write_night(
 
     def looked_at() -> Iterator[pa.Table]:
         for piece in pieces():
+            named.look(piece)
             rows.extend(_mislabelled(piece, kind))
             if kind == "classification":
                 wrong.update(_range(piece))
@@ -142,6 +144,7 @@ def write_night(
 
     path = files.join(folder, "signals.parquet")
     stamps = {"signals.parquet": sinks.write_parquet(path, SIGNALS, looked_at())}
+    named.fill()
     earlier = _earlier(output, date)
     cohorts = {shard: summary["cohort"] for shard, (_, summary) in parts.items()}
     for row in rows:
@@ -166,6 +169,39 @@ def write_night(
     for name in _FILES:
         path = files.join(folder, name)
         yield path, stamps.get(name) or files.stamp(path)
+
+
+class _Names:
+    """What suspects that are known by shard and position are called, and what else is to be said.
+
+    Args:
+      rows: the suspects; "supporting", places of examples as well, becomes their ids.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._rows = list(rows)
+        self._wanted: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in rows:
+            for shard, position in [(row["shard"], row["position"]), *row.get("supporting", ())]:
+                self._wanted.setdefault(shard, {})[position] = {}
+
+    def look(self, piece: pa.Table) -> None:
+        """Finds those that are in a piece of a shard's signals."""
+        wanted = self._wanted.get(piece["shard"][0].as_py()) if len(piece) else None
+        if wanted:
+            there = pc.is_in(piece["position"], pa.array(list(wanted), pa.int64()))
+            names = [name for name in SUSPECTS.names if name in piece.column_names]
+            for row in piece.select(names).filter(there).to_pylist():
+                wanted[row["position"]] = row
+
+    def fill(self) -> None:
+        """Completes the suspects, once all pieces were looked at."""
+        for row in self._rows:
+            row.update({**self._wanted[row["shard"]][row["position"]], **row})
+            places = row.pop("supporting", ())
+            row.setdefault("supporting_ids", []).extend(
+                self._wanted[shard][position]["id"] for shard, position in places
+            )
 
 
 def _earlier(output: Output, date: str) -> dict[tuple[Any, ...], str]:

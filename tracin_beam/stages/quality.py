@@ -10,8 +10,18 @@ import numpy as np
 import pyarrow as pa
 
 from tracin_beam.errors import InputError
+from tracin_beam.gradients import kinds
 from tracin_beam.inputs import formats
-from tracin_beam.signals import influence, mislabel, nights, registry, ridge, trajectory
+from tracin_beam.signals import (
+    influence,
+    mislabel,
+    neighbours,
+    nights,
+    registry,
+    ridge,
+    trajectory,
+)
+from tracin_beam.stages import neighbours as around
 from tracin_beam.stages.embed import batches, parse_records
 from tracin_beam.stages.workers import EngineSource
 from tracin_beam.storage import (
@@ -29,7 +39,7 @@ from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
-_VERSION = 1  # of the feature files
+_VERSION = 2  # of the feature files
 _PIECE_ROWS = 65_536
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
 
@@ -45,6 +55,7 @@ SIGNALS = pa.schema(
         ("loss", pa.float64()),
         ("loss_by_checkpoint", pa.list_(pa.float32())),
         *((function.__name__, pa.float64()) for function in trajectory.COLUMNS),
+        *((name, pa.float64()) for name in neighbours.COLUMNS),
         ("mislabel_score", pa.float64()),
         ("suggested_label", pa.float64()),
         ("best_other_ratio", pa.float64()),
@@ -80,7 +91,21 @@ class Night:
         return sorted({half - 1, (half - 1) // 2})
 
     def features(self, place: int, result: ShardResult) -> str:
-        return self.output.features(TRAIN, self.checkpoints[place].step, result.shard)
+        return self.output.features(result.set_name, self.checkpoints[place].step, result.shard)
+
+    def fingerprint(self, place: int, result: ShardResult) -> str:
+        """Of all that a feature file is made from."""
+        step = self.checkpoints[place].step
+        unit = self.units[result.shard.path, step]
+        return runs.digest([unit, result.excluded, _VERSION, place in self.places, self.kind])
+
+    def lookout(self, result: ShardResult) -> str:
+        """The feature file in which neighbours are looked for: the last that has φ."""
+        return self.features(self.places[-1], result)
+
+    def made_from(self, result: ShardResult) -> str:
+        """A digest of what that file was made from."""
+        return self.fingerprint(self.places[-1], result)
 
     def part(self, result: ShardResult) -> str:
         """The signals of a shard."""
@@ -130,12 +155,7 @@ class WriteFeatures(beam.DoFn):
         path = night.features(place, result)
         mark = path + ".json"
         wanted = place in night.places
-        fingerprint = runs.digest(
-            [
-                night.units[result.shard.path, night.checkpoints[place].step],
-                *(result.excluded, _VERSION, wanted, night.kind),
-            ]
-        )
+        fingerprint = night.fingerprint(place, result)
         if marks.read(mark, night.output.root, fingerprint, {path}) is None:
             files.remove([mark])
             stamp = self._write(path, place, result, wanted)
@@ -163,9 +183,10 @@ class WriteFeatures(beam.DoFn):
             if rejected or batch is None:
                 raise runs.changed_while_used(result.shard)
             outputs, phi = loaded.engine.describe(values, batch, wanted)
-            labels = np.zeros((len(positions), 0), np.float32)
             if self._night.kind == "multilabel":
                 labels = np.asarray(batch.label, np.float32)
+            else:
+                labels = np.asarray(kinds.labels(batch.label, outputs, loaded.engine.kind))[:, None]
             outputs = np.nan_to_num(outputs, nan=features.LEAST_LOG)
             phi = np.zeros((len(positions), 0), np.float32) if phi is None else phi
             return Features(
@@ -284,10 +305,17 @@ def signals_of(
     described: Sequence[Features],
     ridges: Mapping[int, ridge.Fitted],
     choices: Mapping[int, tuple[int, float, float]],
+    near: Mapping[str, np.ndarray],
 ) -> pa.Table:
     """Rows of `signals.parquet` for the same examples at every checkpoint.
 
-    `choices` are those of the shard's cohort.
+    Args:
+      night: what is known of it.
+      shard: path.
+      rows, described: of the examples, by checkpoint.
+      ridges: by place of the checkpoint.
+      choices: those of the shard's cohort.
+      near: the columns of `neighbours.COLUMNS`.
     """
     last = rows[-1]
     size = len(last)
@@ -333,6 +361,7 @@ def signals_of(
         "self_influence": own,
         "loss": last.loss,
         **columns,
+        **near,
         "mislabel_score": np.where(known, score, np.nan),
         "suggested_label": suggested,
         "best_other_ratio": np.where(known, ratio, np.nan),
@@ -362,13 +391,19 @@ class WriteSignals(beam.DoFn):
         result: ShardResult,
         fits: Mapping[int, str],
         judged: Mapping[tuple[int, str], np.ndarray],
+        suspects: Sequence[Mapping[str, Any]],
     ) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
         night, ridges, summaries = self._night, _read_fits(fits), []
         mine = choices(judged, night.cohorts[result.shard.path])
+        near = around.read_columns(night, result)  # which are there, since the suspects are
 
         def pieces() -> Iterator[pa.Table]:
+            done = 0
             for rows, described in night.read(result):
-                piece = signals_of(night, result.shard.path, rows, described, ridges, mine)
+                done += len(rows[-1])
+                at = slice(done - len(rows[-1]), done)
+                some = {name: column[at] for name, column in near.items()}
+                piece = signals_of(night, result.shard.path, rows, described, ridges, mine, some)
                 summaries.append(
                     nights.summary(piece, night.kind == "classification", result.shard.identity)
                 )
@@ -414,9 +449,10 @@ def any_of(group: tuple[str, Iterable[ShardResult]]) -> ShardResult:
 
 
 def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, beam.PCollection]:
-    """Training ShardResults → what `WriteSignals` yields, and the suspects of `duplicates`."""
+    """Training ShardResults → what `WriteSignals` yields, and suspects of other kinds."""
     shards = (
         results
+        | "Used" >> beam.Filter(lambda result: result.used > 0)
         | "Checkpoints" >> beam.FlatMap(at_checkpoints, len(night.checkpoints))
         | "SpreadFeatures" >> beam.Reshuffle()
         | "Features" >> beam.ParDo(WriteFeatures(night))
@@ -434,8 +470,12 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
         | "Judge" >> beam.FlatMap(judged, night, beam.pvalue.AsDict(fits))
         | "AddTables" >> beam.CombinePerKey(_added)
     )
+    suspects = shards | "Neighbours" >> around.Neighbours(night)
     parts = shards | "Signals" >> beam.ParDo(
-        WriteSignals(night), beam.pvalue.AsDict(fits), beam.pvalue.AsDict(tables_of_judged)
+        WriteSignals(night),
+        beam.pvalue.AsDict(fits),
+        beam.pvalue.AsDict(tables_of_judged),
+        beam.pvalue.AsList(suspects),
     )
     found = (
         parts
@@ -443,4 +483,4 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
         | "SameContent" >> beam.GroupByKey()
         | "Duplicates" >> beam.FlatMap(duplicates)
     )
-    return parts, found
+    return parts, (found, suspects) | "Suspects" >> beam.Flatten()

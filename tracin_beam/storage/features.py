@@ -5,7 +5,7 @@ order of positions.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ class Features:
       log_probabilities: float32 [n, K], kept as float16 for classes; outputs of other tasks.
       features: float32 [n, D], the projected gradient of the sum of the outputs; D is 0 where they
         were not wanted at this checkpoint.
-      labels: float32 [n, L], of a multi-label task; L is 0 for others.
+      labels: float32 [n, L], NaN where there is none; L is 1 but for multi-label tasks.
     """
 
     position: np.ndarray
@@ -76,14 +76,35 @@ def schema(classes: int, dim: int, labels: int, half: bool) -> pa.Schema:
     )
 
 
-def read(path: str, rows: int = _ROWS) -> Iterator[Features]:
-    """The rows of a file, so many at a time."""
+def read(path: str, rows: int = _ROWS, columns: Sequence[str] | None = None) -> Iterator[Features]:
+    """The rows of a file, so many at a time.
+
+    Args:
+      path: of the file.
+      rows: how many.
+      columns: those that are read besides the position; others are as if the file had none. By
+        default all.
+    """
     with files.local_copy(path) as local, pq.ParquetFile(local) as file:
-        for batch in file.iter_batches(batch_size=rows):
+        wanted = None if columns is None else ["position", *columns]
+        for batch in file.iter_batches(batch_size=rows, columns=wanted):
             vectors = [_matrix(batch, name) for name in ("log_probabilities", "features", "labels")]
             hashes = np.empty(len(batch), object)
-            hashes[:] = batch["content_hash"].to_pylist()
+            if "content_hash" in batch.schema.names:
+                hashes[:] = batch["content_hash"].to_pylist()
             yield Features(batch["position"].to_numpy(), hashes, *vectors)
+
+
+def width(path: str) -> int:
+    """How many features a row of a file has."""
+    with files.local_copy(path) as local:
+        found = pq.read_schema(local)
+    return found.field("features").type.list_size if "features" in found.names else 0
+
+
+def short_hashes(content_hash: np.ndarray) -> np.ndarray:
+    """The first eight bytes of content hashes as numbers: uint64 [n]."""
+    return np.frombuffer(b"".join(value[:8] for value in content_hash), ">u8").astype(np.uint64)
 
 
 def _matrix(batch: pa.RecordBatch, name: str) -> np.ndarray:
