@@ -52,6 +52,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "scikit-learn",
+            "selenium",  # drives Chromium, which apt-get installs: chromium and chromium-driver
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -846,8 +846,8 @@
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
     const at = event.target;
-    if (at.matches("input, select, textarea")) {
-      if (event.key === "Escape" || (event.key === "Enter" && at.matches("#why, #search, #label, #until"))) {
+    if (at.matches("input:not([type=checkbox]), select")) {
+      if (event.key === "Escape" || (event.key === "Enter" && at.matches("#why, #search, #label, #until, #who"))) {
         at.blur();
         $("list").focus({ preventScroll: true });
         event.preventDefault();
@@ -857,7 +857,7 @@
     const name = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     if (!Object.hasOwn(KEYS, name)) return;
     if (event.repeat && /^[krdsu]$/.test(name)) return;
-    const inList = at === document.body || $("list").contains(at);
+    const inList = at === document.body || at === $("reverse") || $("list").contains(at);
     if (SCROLLS.test(name) && !inList) return;
     event.preventDefault();
     KEYS[name]();
