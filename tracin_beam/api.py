@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from tracin_beam import config
 from tracin_beam.errors import InputError
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def open(output: str | os.PathLike[str], task: "Task | str | None" = None) -> Fi
 def influence(
     task: "Task | str",
     *,
-    checkpoints: Value,
+    checkpoints: Value | Sequence[Value],
     train: Value | Sequence[Value],
     test: Value | Sequence[Value],
     output: Value,
@@ -294,7 +295,8 @@ def influence(
 
     Args:
       task: a `Task`, or its name, `file.py:name` or `package.module:name`.
-      checkpoints: a directory that `TracInCheckpoint` wrote, or a glob of weight files.
+      checkpoints: a directory that `TracInCheckpoint` wrote, or a glob of weight files; a list of
+        them, of as many training runs, averages over these.
       train: training shards: paths or globs.
       test: test shards, likewise.
       output: the output directory.
@@ -326,7 +328,7 @@ def influence(
 def self_influence(
     task: "Task | str",
     *,
-    checkpoints: Value,
+    checkpoints: Value | Sequence[Value],
     train: Value | Sequence[Value],
     output: Value,
     options: Options = None,
@@ -355,7 +357,7 @@ def self_influence(
 def quality(
     task: "Task | str",
     *,
-    checkpoints: Value,
+    checkpoints: Value | Sequence[Value],
     train: Value | Sequence[Value],
     output: Value,
     options: Options = None,
@@ -387,7 +389,7 @@ def quality(
 def embed(
     task: "Task | str",
     *,
-    checkpoints: Value,
+    checkpoints: Value | Sequence[Value],
     train: Value | Sequence[Value],
     output: Value,
     options: Options = None,
@@ -413,7 +415,7 @@ def embed(
 def plan(
     task: "Task | str",
     *,
-    checkpoints: Value,
+    checkpoints: Value | Sequence[Value],
     train: Value | Sequence[Value],
     options: Options = None,
     **flags: Value | Sequence[Value],
@@ -481,7 +483,13 @@ def _words(flags: Mapping[str, Any]) -> Iterator[str]:
         if value is True:
             yield f"--{name}"
         elif isinstance(value, list | tuple):
-            yield f"--{name}={','.join(os.fspath(v) if _is_path(v) else str(v) for v in value)}"
+            items = [os.fspath(v) if _is_path(v) else str(v) for v in value]
+            flag = config.flags().get(name)
+            yield from (
+                [f"--{name}={v}" for v in items]
+                if flag and flag.repeated
+                else [f"--{name}={','.join(items)}"]
+            )
         elif value is not None and value is not False:
             yield f"--{name}={os.fspath(value) if _is_path(value) else value}"
 

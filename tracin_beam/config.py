@@ -150,10 +150,13 @@ class Config:
         "The task: file.py:name or package.module:name.",
         remote=r"(gs://.+\.py|[\w.]+):\w+",
     )
-    checkpoints: str = _flag(
-        "",
-        "A directory that TracInCheckpoint wrote, or a glob of weight files.",
+    checkpoints: tuple[str, ...] = _flag(
+        (),
+        "A directory that TracInCheckpoint wrote, or a glob of weight files; given several times, "
+        "of as many training runs, over which scores are averaged.",
+        lambda text: (text,) if text else (),
         remote=r"gs://.+",
+        repeated=True,
     )
     learning_rate: tuple[float, ...] | None = _flag(
         None,
@@ -390,7 +393,7 @@ def default(name: str) -> Any:
 def shown_default(name: str) -> str:
     """The default of a flag as a user would write it; empty where there is none."""
     value = default(name)
-    if value is None or isinstance(value, bool):
+    if value is None or value == () or isinstance(value, bool):
         return ""
     if flags()[name].read is _size:
         power = max(p for p in range(len(_UNITS)) if value % 1024**p == 0)
@@ -425,8 +428,10 @@ def check(config: Config, needs: Sequence[str] = ()) -> None:
         raise InputError(
             f"--test_name={name}: take a plain name, other than 'train', of at most 100 characters."
         )
-    for path in ("task", "checkpoints", "output", "test_name"):
+    for path in ("task", "output", "test_name"):
         check_name(f"--{path}", getattr(config, path))
+    for path in config.checkpoints:
+        check_name("--checkpoints", path)
     if "://" in config.output and any(c in config.output for c in "*?[]"):
         # Remote file systems take the paths they list and delete for patterns.
         raise InputError(f"--output={config.output}: take a path without any of * ? [ ].")

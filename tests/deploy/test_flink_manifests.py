@@ -129,7 +129,7 @@ def test_the_launchers_flags_fit_the_cluster(documents, flink, tmp_path):
     for container in (worker, launcher["containers"][0]):
         assert container["image"].endswith(f"/tracin-beam:{__version__}")
         folders = {mount["mountPath"] for mount in container["volumeMounts"]}
-        for path in (config.checkpoints, config.train, config.output):
+        for path in (*config.checkpoints, config.train, config.output):
             assert "/" + path.split("/")[1] in folders
     claim = {"claimName": only(documents, "PersistentVolumeClaim")["metadata"]["name"]}
     for volumes in (pod["volumes"], launcher["volumes"]):

@@ -48,7 +48,7 @@ class TestCronJob:
         pod = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]
         mounts = {m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
         assert config.task.startswith("/etc/tracin-beam/")
-        for path in (config.checkpoints, config.train, config.output):
+        for path in (*config.checkpoints, config.train, config.output):
             assert "/" + path.split("/")[1] in mounts
 
     def test_it_neither_overlaps_nor_repeats_what_cannot_succeed(self, cronjob):

@@ -22,7 +22,7 @@ def test_defaults():
     config, beam_options = parse()
     assert (config.task, config.checkpoints, config.train, config.output) == (
         "t.py:task",
-        "c",
+        ("c",),
         "a-*",
         "out",
     )
@@ -38,6 +38,16 @@ def test_defaults():
     given = beam_options.get_all_options()
     assert given["runner"] == "FnApiRunner"
     assert given["direct_running_mode"] == "multi_threading"
+
+
+def test_several_training_runs(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("checkpoints:\n  - gs://b/{x,y}.keras\n  - two\n")
+    assert parse("--checkpoints=d")[0].checkpoints == ("c", "d")
+    argv = [f"--config={path}", *(word for word in NEEDED if "checkpoints" not in word)]
+    config, _ = options.parse(argv, JOBS["influence"])
+    assert config.checkpoints == ("gs://b/{x,y}.keras", "two")
+    assert options.parse([*argv, "--checkpoints=c"], JOBS["influence"])[0].checkpoints == ("c",)
 
 
 @pytest.mark.parametrize("written", ["--top_k=3", "--top_k 3"])

@@ -30,7 +30,7 @@ class WriteRows:
                 rows = embeddings.Embeddings(
                     ids, np.arange(result.read), zeros, zeros, zeros, zeros, vector
                 )
-                path = self._output.embeddings(set_name, checkpoint.step, result.shard)
+                path = self._output.embeddings(set_name, checkpoint, result.shard)
                 with files.atomic_write(path) as handle:
                     embeddings.EmbeddingWriter(handle).write(rows)
                 written[result.shard.name, checkpoint.step] = vector

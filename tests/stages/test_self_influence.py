@@ -20,7 +20,7 @@ def written(tmp_path, write_rows):
     write_rows("train", [result])
     output = Output(str(tmp_path))
     write = WriteSelfInfluence(output, write_rows.checkpoints, {shard.path: "f"})
-    paths = [output.embeddings("train", c.step, shard) for c in write_rows.checkpoints]
+    paths = [output.embeddings("train", c, shard) for c in write_rows.checkpoints]
     (parts,) = embeddings.read_checkpoints(paths, result.excluded, ROWS)
     return write, result, self_influence.table_of(parts, write_rows.checkpoints, shard.path)
 

@@ -1,6 +1,6 @@
 """The YAML file of `--config`: names of flags and their values, taken as they are written."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import yaml
 
@@ -11,17 +11,19 @@ _LARGEST = 1 << 20  # bytes
 _TRUE, _FALSE, _NOTHING = ("true", "yes", "on"), ("false", "no", "off"), ("", "~", "null")
 
 
-def read(path: str, known: Mapping[str, str]) -> list[str]:
+def read(path: str, known: Mapping[str, str], repeated: Collection[str] = ()) -> list[str]:
     """Reads a file of flags.
 
     A value counts as it is written, as on the command line: `010` is ten and not eight, `1:30` no
     number of seconds, `no` no boolean unless the flag is a switch. A list gives its items with
-    commas between them. A flag without a value, or with `null`, is not given.
+    commas between them, or one by one to a flag that may be given several times. A flag without a
+    value, or with `null`, is not given.
 
     Args:
       path: of the file.
       known: by name of a flag that is known, the word that turns it on, if it is a switch; empty
         for a flag that takes values.
+      repeated: names of the flags that may be given several times.
 
     Returns:
       The flags as words of a command line.
@@ -58,17 +60,22 @@ def read(path: str, known: Mapping[str, str]) -> list[str]:
                 f"--config={path}, line {line}: {name} is given twice, first on line {given[name]}."
             )
         given[name] = line
-        words += _words(f"--config={path}, line {line}: {name}", name, value, known.get(name))
+        where = f"--config={path}, line {line}: {name}"
+        words += _words(where, name, value, known.get(name), name in repeated)
     return words
 
 
-def _words(where: str, name: str, value: yaml.Node, switch: str | None) -> list[str]:
+def _words(
+    where: str, name: str, value: yaml.Node, switch: str | None, repeated: bool
+) -> list[str]:
     """A flag as words of a command line; `switch` is None for a flag that is not known."""
     _check_tag(where, value)
     if isinstance(value, yaml.SequenceNode):
         items = [_text(where, item) for item in value.value]
         if switch:
             raise InputError(f"{where} must be true or false, not a list.")
+        if repeated:
+            return [f"--{name}={item}" for item in items]
         return [f"--{name}={','.join(items)}"]
     text = _text(where, value)
     plain = isinstance(value, yaml.ScalarNode) and value.style is None

@@ -73,7 +73,9 @@ def check(config: Config, options: PipelineOptions) -> None:
             "'.[gcp]' in a checkout."
         )
     for name in ("checkpoints", "train", "test", "output"):
-        for path in patterns.split(getattr(config, name) or ""):
+        given = getattr(config, name) or ()
+        every = (given,) if isinstance(given, str) else given
+        for path in [path for one in every for path in patterns.split(one)]:
             if files.is_local(path):
                 raise InputError(
                     f"--{name}={path} is on this machine, where Dataflow's workers cannot "

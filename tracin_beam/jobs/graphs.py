@@ -152,10 +152,9 @@ def write_counters(run: Run, job: Job, counters: dict[str, dict[str, int]]) -> N
 
 
 def _embeddings(run: Run, results: Sequence[ShardResult]) -> Iterator[Made]:
-    steps = sorted(checkpoint.step for checkpoint in run.checkpoints)
     for result in results:
-        for step, stamp in zip(steps, result.stamps, strict=True):
-            yield run.output.embeddings(result.set_name, step, result.shard), stamp
+        for checkpoint, stamp in zip(run.checkpoints, result.stamps, strict=True):
+            yield run.output.embeddings(result.set_name, checkpoint, result.shard), stamp
 
 
 def _remove_others(made: Collection[str]) -> None:

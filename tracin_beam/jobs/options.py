@@ -178,7 +178,8 @@ def _from_file(path: str, job: str) -> list[str]:
     for name, flag in config_flags.flags().items():
         if flag.takes(job):
             known[name] = f"--{name}" if flag.read is bool else ""
-    return config_file.read(path, known)
+    repeated = [name for name, flag in config_flags.flags().items() if flag.repeated]
+    return config_file.read(path, known, repeated)
 
 
 def _check_unknown(rest: Sequence[str], names: Sequence[str]) -> None:

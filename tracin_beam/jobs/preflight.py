@@ -68,7 +68,7 @@ class Run:
     @property
     def shard_fingerprints(self) -> dict[str, str]:
         """A digest of what the embeddings and scores of a shard depend on, by the shard's path."""
-        rates = [c.learning_rate for c in self.checkpoints]
+        rates = [c.rate for c in self.checkpoints]
         by_shard: dict[str, list[str]] = {}
         for unit in self.units:
             by_shard.setdefault(unit.shard.path, []).append(unit.fingerprint)
@@ -151,7 +151,7 @@ def _shared(run: Run) -> str:
 
 def _names(state: Mapping[str, Any]) -> Any:
     """The entries of run.json that a run depends on."""
-    return state.get("fingerprint"), state.get("sets")
+    return state.get("fingerprint"), state.get("sets"), state.get("folders")
 
 
 def _begin(found: CheckedRun, run: Run) -> None:
@@ -175,7 +175,8 @@ def _begin(found: CheckedRun, run: Run) -> None:
     there = files.under(run.output.root)
     if run.lease and not leases.others(run.output.leases, run.lease):
         runs.sweep(run.output, there, run.units)
-    entries: dict[str, Any] = {"sets": described}
+    folders = {c.folder: {"path": c.path, "identity": c.identity} for c in run.checkpoints}
+    entries: dict[str, Any] = {"sets": described, "folders": folders}
     if found.choice:
         for line in found.choice.lines():
             _log.info("%s", line)
@@ -192,8 +193,8 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
     started = time.time()
     check_keras()
     output = Output(files.full(config.output) if config.output else "")
-    checkpoints = _checkpoints(config)
     earlier = runs.read_run(output) if config.output else {}
+    checkpoints = runs.in_folders(_checkpoints(config), earlier.get("folders", {}))
     read = _names(earlier)
     sets = earlier.get("sets", {})
     train = _shards(config.train, TRAIN, "train", sets)
@@ -232,13 +233,38 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
 
 
 def _checkpoints(config: Config) -> tuple[CheckpointFile, ...]:
-    """The checkpoints, with what tells whether one is still the same later."""
-    found = read_checkpoints(files.home(config.checkpoints), config.learning_rate)
-    return tuple(
-        CheckpointFile(path, c.step, c.epoch, c.learning_rate, *runs.identify(path))
-        for c in found
+    """The checkpoints, with what tells whether one is still the same later.
+
+    Raises:
+      InputError: one cannot be used, or a training run is given twice.
+    """
+    trainings = [
+        read_checkpoints(files.home(spec), config.learning_rate) for spec in config.checkpoints
+    ]
+    found = tuple(
+        CheckpointFile(
+            path,
+            c.step,
+            c.epoch,
+            c.learning_rate,
+            *runs.identify(path),
+            training=number,
+            trainings=len(trainings),
+        )
+        for number, training in enumerate(trainings)
+        for c in training
         for path in [files.full(c.path)]
     )
+    weights: dict[tuple[str, ...], int] = {}
+    for number in range(len(trainings)):
+        mine = tuple(c.identity for c in found if c.training == number)
+        other = weights.setdefault(mine, number)
+        if other != number:
+            raise InputError(
+                f"--checkpoints: {config.checkpoints[other]} and {config.checkpoints[number]} are "
+                "the same training run: give each once."
+            )
+    return found
 
 
 def _check_apart(train: Sequence[Shard], test: Sequence[Shard]) -> None:

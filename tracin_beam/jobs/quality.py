@@ -75,13 +75,17 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
             "quality judges labels of a classification, multilabel or regression task, and this "
             f"one is taken for kind={kind!r}: if it is one of them, say so with Task(kind=…)."
         )
+    if run.checkpoints[-1].training:
+        raise InputError(
+            "quality judges labels by the course of one training: give one --checkpoints."
+        )
     date, conditions = date_of(run), _conditions(run)
     results = graphs.embed_stage(pipeline, run)
     what = Night(
         run.output,
         run.source,
         run.checkpoints,
-        {(u.shard.path, u.checkpoint.step): u.fingerprint for u in run.units},
+        {(u.shard.path, u.checkpoint.folder): u.fingerprint for u in run.units},
         kind,
         _cohorts(run),
     )
@@ -310,7 +314,7 @@ def _is_late(run: Run) -> bool:
 
     right = known = 0
     for shard in run.train:
-        path = run.output.embeddings(runs.TRAIN, run.checkpoints[0].step, shard)
+        path = run.output.embeddings(runs.TRAIN, run.checkpoints[0], shard)
         for (rows,) in embeddings.read_checkpoints([path], []):
             judged = np.isfinite(rows.label) & np.isfinite(rows.prediction)
             right += int((rows.label == rows.prediction)[judged].sum())

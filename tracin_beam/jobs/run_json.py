@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 # Entries that are dictionaries, to which each job adds its own values.
-_MERGED = ("sets", "counts", "timings")
+_MERGED = ("sets", "counts", "timings", "folders")
 
 
 def write_run(run: "Run", entries: dict[str, Any], *, anew: bool = False) -> dict[str, Any]:
@@ -36,7 +36,13 @@ def _merge_run(run: "Run", entries: dict[str, Any], earlier: dict[str, Any]) -> 
         "fingerprint": run.fingerprint,
         "kind": run.kind,
         "checkpoints": [
-            {"path": c.path, "step": c.step, "epoch": c.epoch, "learning_rate": c.learning_rate}
+            {
+                "path": c.path,
+                "step": c.step,
+                "epoch": c.epoch,
+                "learning_rate": c.learning_rate,
+                "training": c.training + 1,
+            }
             for c in run.checkpoints
         ],
     }

@@ -303,7 +303,7 @@ class Embed(beam.PTransform):
             | "Merge" >> beam.Map(lambda group: runs.merge_results(list(group[1])))
         )
         if self.explicit_ids:
-            last = max(unit.checkpoint.step for unit in self.units)
+            last = max((u.checkpoint for u in self.units), key=lambda c: c.order)
             duplicates = (
                 shards
                 | "Ids" >> beam.FlatMap(_ids, self.output, last)
@@ -325,8 +325,8 @@ class Embed(beam.PTransform):
         )
 
 
-def _ids(result: ShardResult, output: Output, step: int) -> Iterator[tuple[Any, Any]]:
-    path = output.embeddings(result.set_name, step, result.shard)
+def _ids(result: ShardResult, output: Output, last: CheckpointFile) -> Iterator[tuple[Any, Any]]:
+    path = output.embeddings(result.set_name, last, result.shard)
     for (rows,) in embeddings.read_checkpoints([path], result.excluded):
         for identity, position in zip(rows.ids, rows.position, strict=True):
             yield (result.set_name, identity), (result.shard.path, int(position))

@@ -56,7 +56,7 @@ class Join:
 
     def files(self, set_name: str, shard: Shard) -> list[str]:
         """A shard's embedding files, by checkpoint."""
-        return [self.output.embeddings(set_name, c.step, shard) for c in self.checkpoints]
+        return [self.output.embeddings(set_name, c, shard) for c in self.checkpoints]
 
     def of_set(self, set_name: str) -> tuple[Shard, ...]:
         """The shards of a set."""
@@ -64,13 +64,13 @@ class Join:
 
     @functools.cached_property
     def score(self) -> Score:
-        rates = [c.learning_rate for c in self.checkpoints]
+        rates = [c.rate for c in self.checkpoints]
         return methods.make(self.method, rates, self.curvature)
 
     def moments(self, place: int) -> str:
         """The file with the training set's second moments at the checkpoint of a place."""
-        step = str(self.checkpoints[place].step)
-        return self.output.path("curvature", self.score.preconditioner, step, "moments.npz")
+        folder = self.checkpoints[place].folder
+        return self.output.path("curvature", self.score.preconditioner, folder, "moments.npz")
 
     @functools.cached_property
     def _curvatures(self) -> dict[int, Curvature]:

@@ -72,7 +72,8 @@ class Night:
       output: the output directory.
       source: the engine.
       checkpoints: in training order.
-      units: fingerprint of every training shard's embeddings, by its path and the step.
+      units: fingerprint of every training shard's embeddings, by its path and the folder
+        of the checkpoint.
       kind: of the task: "classification", "multilabel" or "regression".
       cohorts: "trained", "new" or "unknown", by the path of the shard; see `inputs.trained`.
     """
@@ -80,7 +81,7 @@ class Night:
     output: Output
     source: EngineSource
     checkpoints: tuple[CheckpointFile, ...]
-    units: Mapping[tuple[str, int], str]
+    units: Mapping[tuple[str, str], str]
     kind: str
     cohorts: Mapping[str, str]
 
@@ -91,12 +92,11 @@ class Night:
         return sorted({half - 1, (half - 1) // 2})
 
     def features(self, place: int, result: ShardResult) -> str:
-        return self.output.features(result.set_name, self.checkpoints[place].step, result.shard)
+        return self.output.features(result.set_name, self.checkpoints[place], result.shard)
 
     def fingerprint(self, place: int, result: ShardResult) -> str:
         """Of all that a feature file is made from."""
-        step = self.checkpoints[place].step
-        unit = self.units[result.shard.path, step]
+        unit = self.units[result.shard.path, self.checkpoints[place].folder]
         return runs.digest([unit, result.excluded, _VERSION, place in self.places, self.kind])
 
     def lookout(self, result: ShardResult) -> str:
@@ -116,7 +116,7 @@ class Night:
 
     def read(self, result: ShardResult) -> Iterator[tuple[list[Embeddings], list[Features]]]:
         """The rows of a shard at all checkpoints, some at a time."""
-        paths = [self.output.embeddings(TRAIN, c.step, result.shard) for c in self.checkpoints]
+        paths = [self.output.embeddings(TRAIN, c, result.shard) for c in self.checkpoints]
         described = [
             features.read(self.features(place, result)) for place in range(len(self.checkpoints))
         ]

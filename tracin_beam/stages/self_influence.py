@@ -81,7 +81,7 @@ def _rows(
     wanted: Sequence[Signal | Statistic],
 ) -> Rows:
     needs = sorted({name for one in wanted for name in one.needs})
-    return registry.rows_of(parts, [c.learning_rate for c in checkpoints], needs)
+    return registry.rows_of(parts, [c.rate for c in checkpoints], needs)
 
 
 def summarise(
@@ -89,7 +89,7 @@ def summarise(
 ) -> Iterator[dict[str, Any]]:
     """The statistics that the signals name, of some of a shard's examples at a time."""
     wanted = registry.statistics_of(registry.every())
-    paths = [output.embeddings(runs.TRAIN, c.step, result.shard) for c in checkpoints]
+    paths = [output.embeddings(runs.TRAIN, c, result.shard) for c in checkpoints]
     for parts in embeddings.read_checkpoints(paths, result.excluded):
         rows = _rows(parts, checkpoints, wanted)
         yield {one.name: one.function(rows.only(one.needs)) for one in wanted}
@@ -198,7 +198,7 @@ class WriteSelfInfluence(beam.DoFn):
     ) -> Iterator[pa.Table]:
         """The rows of a shard's table, some thousand at a time."""
         output = self._output
-        paths = [output.embeddings(runs.TRAIN, c.step, result.shard) for c in self._checkpoints]
+        paths = [output.embeddings(runs.TRAIN, c, result.shard) for c in self._checkpoints]
         waiting: list[pa.Table] = []
         for parts in timed(embeddings.read_checkpoints(paths, result.excluded), tally, "read"):
             with tally.timed("compute"):

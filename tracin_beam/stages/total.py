@@ -67,7 +67,7 @@ def parts_of(join: Join, tests: Iterable[ShardResult]) -> list[Part]:
             of += ["embeddings"] if join.score.on_embeddings else []
             name = f"{runs.digest(of)}.npy"
             path = join.output.path(
-                "evaluation", join.test_name, "gradients", str(checkpoint.step), name
+                "evaluation", join.test_name, "gradients", checkpoint.folder, name
             )
             found.append(Part(place, tuple(group), path, sum(r.used for r in group)))
     return found

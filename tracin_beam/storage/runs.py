@@ -75,7 +75,15 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint of a run; its learning rate does not touch the embeddings."""
+    """A checkpoint of a run; its learning rate does not touch the embeddings.
+
+    Attributes:
+      path, step, epoch, learning_rate: as of `inputs.checkpoints.Checkpoint`.
+      identity, signature: as of a `Shard`.
+      training: which of the training runs it is of, from 0.
+      trainings: how many there are; scores are averaged over them.
+      name: of its folders, where the step alone would be another checkpoint's.
+    """
 
     path: str
     step: int
@@ -83,6 +91,24 @@ class CheckpointFile:
     learning_rate: float
     identity: str
     signature: str = ""
+    training: int = 0
+    trainings: int = 1
+    name: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name, in which what is made from it lies apart from that of others."""
+        return self.name or str(self.step)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What checkpoints are in the order of."""
+        return self.training, self.step
+
+    @property
+    def rate(self) -> float:
+        """What a product of gradients counts in the mean over the training runs."""
+        return self.learning_rate / self.trainings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +151,7 @@ class ShardResult:
     Attributes:
       rejected: (position, reason) of records that could not be used at some checkpoint, or whose
         id another record has; in the order of positions.
-      stamps: of the embedding files, in the order of steps.
+      stamps: of the embedding files, in the order of the checkpoints.
     """
 
     set_name: str
@@ -146,6 +172,7 @@ class ShardResult:
 # What run.json holds, as far as anything follows from it.
 _RUN: dict[str, Any] = {
     "sets": {str: {"shards": {str: str}}},
+    "folders": {str: {"path": str, "identity": str}},
     "fingerprint": {str: str},
     "counts": {str: {str: int}},
     "timings": {str: {"started": str, "seconds": int | float}},
@@ -170,15 +197,15 @@ class Output:
     def run(self) -> str:
         return self.path("run.json")
 
-    def embeddings(self, set_name: str, step: int, shard: Shard) -> str:
+    def embeddings(self, set_name: str, checkpoint: CheckpointFile, shard: Shard) -> str:
         suffix = "" if shard.name.endswith(".tfrecord") else ".tfrecord"
-        return self.path("embeddings", set_name, str(step), shard.name + suffix)
+        return self.path("embeddings", set_name, checkpoint.folder, shard.name + suffix)
 
     def unit(self, unit: Unit) -> str:
-        return self.embeddings(unit.set_name, unit.checkpoint.step, unit.shard)
+        return self.embeddings(unit.set_name, unit.checkpoint, unit.shard)
 
-    def features(self, set_name: str, step: int, shard: Shard) -> str:
-        return self.path("features", set_name, str(step), shard.name + ".parquet")
+    def features(self, set_name: str, checkpoint: CheckpointFile, shard: Shard) -> str:
+        return self.path("features", set_name, checkpoint.folder, shard.name + ".parquet")
 
     def rejected(self, set_name: str, shard: Shard) -> str:
         return self.path("rejected", f"{set_name}={shard.name}.jsonl")
@@ -363,7 +390,38 @@ def read_run(output: Output) -> dict[str, Any]:
             own = shard == os.path.basename(path) or digest(path)[:8] in shard
             if not (own and _is_plain(shard)):
                 raise _not_ours(output, f"the shard {path!r} is called {shard!r}")
+    for name in state.get("folders", {}):
+        if not _is_plain(name):
+            raise _not_ours(output, f"a checkpoint's folder is called {name!r}")
     return state
+
+
+def in_folders(
+    checkpoints: Sequence[CheckpointFile], known: Mapping[str, Mapping[str, str]]
+) -> tuple[CheckpointFile, ...]:
+    """Gives each checkpoint a folder's name: its step, unless that is another checkpoint's.
+
+    Args:
+      checkpoints: of all training runs.
+      known: path and identity of the checkpoint that has a folder, by its name. Others may have the
+        folder once that file is gone, and a copy of it has it too.
+    """
+    by_path = {one["path"]: name for name, one in known.items()}
+    kept = {c.path: by_path[c.path] for c in checkpoints if c.path in by_path}
+    named = []
+    taken = set(kept.values())
+    for c in checkpoints:
+        name = kept.get(c.path, "")
+        if not name:
+            name = str(c.step)
+            holder = known.get(name)
+            if name in taken or (
+                holder and holder["identity"] != c.identity and files.exists(holder["path"])
+            ):
+                name = f"{c.step}-{digest(c.path)[:8]}"
+            taken.add(name)
+        named.append(dataclasses.replace(c, name=name))
+    return tuple(named)
 
 
 def _not_ours(output: Output, what: str) -> InputError:
@@ -465,7 +523,7 @@ def clear(output: Output) -> None:
 def merge_results(results: Sequence[UnitResult]) -> ShardResult:
     """A shard's result from those of its units, one for each checkpoint."""
     rejected: dict[int, str] = {}
-    results = sorted(results, key=lambda r: r.unit.checkpoint.step)
+    results = sorted(results, key=lambda r: r.unit.checkpoint.order)
     for result in results:
         for position, reason in result.rejected:
             rejected.setdefault(position, reason)
