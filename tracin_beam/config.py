@@ -265,6 +265,18 @@ class Config:
         "of its exact scores.",
         bool,
     )
+    group_by: str = _flag(
+        "",
+        "Also give the influence of groups of training examples on groups of test examples: group "
+        "(which parse gives), label, prediction, shard or all, for both sets, or TRAIN,TEST.",
+    )
+    slice: tuple[str, ...] = _flag(
+        (),
+        "Also give the proponents and opponents of the mean of some test examples: wrong, right, "
+        "label=…, prediction=…, group=… or shard=…, or several with &; may be given several times.",
+        lambda text: (text,) if text else (),
+        repeated=True,
+    )
     index: str = _flag(
         "auto",
         "How candidates are found: by the exact product with all embeddings, by a scann index, or "

@@ -45,9 +45,9 @@ def test_several_training_runs(tmp_path):
     path.write_text("checkpoints:\n  - gs://b/{x,y}.keras\n  - two\n")
     assert parse("--checkpoints=d")[0].checkpoints == ("c", "d")
     argv = [f"--config={path}", *(word for word in NEEDED if "checkpoints" not in word)]
-    config, _ = options.parse(argv, JOBS["influence"])
+    config, _ = options.parse(argv, JOBS["embed"])
     assert config.checkpoints == ("gs://b/{x,y}.keras", "two")
-    assert options.parse([*argv, "--checkpoints=c"], JOBS["influence"])[0].checkpoints == ("c",)
+    assert options.parse([*argv, "--checkpoints=c"], JOBS["embed"])[0].checkpoints == ("c",)
 
 
 @pytest.mark.parametrize("written", ["--top_k=3", "--top_k 3"])

@@ -97,6 +97,7 @@ class Batch:
         tensors made dense; None if not given.
       ids: object array [n] of bytes, or None when parse gives no id.
       extents: what of them is each example's own, and no padding; see `padding.Extents`.
+      groups: object array [n] of bytes, or None when parse gives no group.
     """
 
     features: Any
@@ -104,6 +105,7 @@ class Batch:
     sample_weight: Any
     ids: np.ndarray | None
     extents: padding.Extents = dataclasses.field(default_factory=dict)
+    groups: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -116,8 +118,9 @@ class Batch:
             lambda x: tf.gather(x, index), (self.features, self.label, self.sample_weight)
         )
         ids = None if self.ids is None else self.ids[np.asarray(indices)]
+        groups = None if self.groups is None else self.groups[np.asarray(indices)]
         extents = padding.take(self.extents, index.numpy())
-        return Batch(features, label, weight, ids, extents)
+        return Batch(features, label, weight, ids, extents, groups)
 
     def trimmed(self) -> "Batch":
         """Without the padding, of examples that have the same extents."""
@@ -190,16 +193,20 @@ class BatchParser:
             ) from error
         if not isinstance(self._spec, Mapping) or self._spec.get("features") is None:
             raise InputError('Task.parse must return a dict with "features" (and "label").')
-        unknown = set(self._spec) - {"id", "features", "label", "sample_weight"}
+        unknown = set(self._spec) - {*_EXAMPLE, "id", "group"}
         if unknown:
             raise InputError(
                 f"Task.parse returns {sorted(unknown)}, which nothing takes; "
-                'it may return "id", "features", "label" and "sample_weight".'
+                'it may return "id", "group", "features", "label" and "sample_weight".'
             )
 
     @property
     def gives_ids(self) -> bool:
         return self._spec.get("id") is not None
+
+    @property
+    def gives_groups(self) -> bool:
+        return self._spec.get("group") is not None
 
     @property
     def spec(self) -> tuple[Any, Any, Any]:
@@ -219,14 +226,22 @@ class BatchParser:
                     f"parse gave a tensor of shape {x.shape} for {len(records)} records; "
                     "the first axis must be the record"
                 )
-        ids = parsed.get("id")
-        if ids is not None:
-            ids = tf.reshape(ids if ids.dtype == tf.string else tf.as_string(ids), [-1]).numpy()
-            if len(ids) != len(records):
-                raise ValueError(f"parse gave {len(ids)} ids for {len(records)} records")
+        ids, groups = (_names(parsed.get(key), key, len(records)) for key in ("id", "group"))
         sizes = {place: x.numpy() for place, x in extents.items()}
         features, label, weight = (parsed.get(key) for key in _EXAMPLE)
-        return Batch(features, label, weight, ids, sizes)
+        return Batch(features, label, weight, ids, sizes, groups)
+
+
+def _names(given: Any, key: str, count: int) -> np.ndarray | None:
+    """Ids or groups that parse gave, as bytes: object [count]."""
+    if given is None:
+        return None
+    names: np.ndarray = tf.reshape(
+        given if given.dtype == tf.string else tf.as_string(given), [-1]
+    ).numpy()
+    if len(names) != count:
+        raise ValueError(f"parse gave {len(names)} {key}s for {count} records")
+    return names
 
 
 class Engine:

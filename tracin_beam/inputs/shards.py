@@ -26,7 +26,7 @@ Spec = tuple[tuple[int, ...], str]
 _INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "int64")
 _FLOATS = ("float16", "float32", "float64")
 _DTYPES = (*_INTEGERS, *_FLOATS, "string")
-_FIELDS = ("features", "label", "id", "sample_weight")
+_FIELDS = ("features", "label", "id", "sample_weight", "group")
 _TUPLE = ("features", "label", "sample_weight")
 _SHARD_SIZE = 10_000
 
@@ -53,6 +53,7 @@ class Parser:
     label: Any = None
     id: Any = None
     sample_weight: Any = None
+    group: Any = None
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -115,8 +116,8 @@ def write_shards(
 
     Args:
       data: one of
-        - a dict with `features`, and where known `label`, `id` (strings or integers) and
-          `sample_weight`. Each is an array of N examples, or a dict or a tuple of such arrays;
+        - a dict with `features`, and where known `label`, `id` and `group` (strings or integers)
+          and `sample_weight`. Each is an array of N examples, or a dict or a tuple of such arrays;
         - a tuple `(features, label, sample_weight)`, of which the last one or two may be left
           out;
         - a `tf.data.Dataset` of such dicts or tuples, one example each and all of one shape. It

@@ -45,9 +45,10 @@ class Task:
         (y_true, y_pred). For a model with several outputs y_pred has their structure.
       parse: a function that TensorFlow traces, from serialised records, `tf.string` [B], to a
         dict of batched tensors: "features" (a tensor, or a dict or tuple of them, as the model
-        takes), "label", and if wanted "id" and "sample_weight". Examples without an id are
-        called "<shard name>#<position>". A class below zero stands for no label; a test example
-        may be without one where the target is not its loss.
+        takes), "label", and if wanted "id", "sample_weight" and "group" (text or whole numbers: a
+        data source, a day, an annotator; see `--group_by`). Examples without an id are called
+        "<shard name>#<position>". A class below zero stands for no label; a test example may be
+        without one where the target is not its loss.
       predict: a function from the model's output to a prediction for each example, [B] numbers.
         By default the class of highest score or, for one output, its value.
       label_names: names of the classes, for reports.

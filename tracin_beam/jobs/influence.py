@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 
@@ -14,6 +14,9 @@ from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
 from tracin_beam.storage.files import Stamp
 from tracin_beam.storage.runs import TRAIN
+
+if TYPE_CHECKING:
+    from tracin_beam.stages.groups import Sets
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     from tracin_beam.planning import retrieval
     from tracin_beam.scoring import curvature, methods
     from tracin_beam.stages.distinct import Distinct
+    from tracin_beam.stages.groups import SetInfluence
     from tracin_beam.stages.influence import Influence
     from tracin_beam.stages.joining import Join
     from tracin_beam.stages.retrieval import Retrieval
@@ -67,18 +71,44 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     joined = {"train": train, "tests": tests} | "Join" >> Influence(
         join, choice.index, config.index_rows, config.top_k, config.rescore, config.recall_queries
     )
+    ready = train
+    if join.score.preconditioner != "none":  # whose moments are there once the census is
+        census = beam.pvalue.AsList(joined["census"])
+        ready = train | "WhenReady" >> beam.Map(lambda result, _: result, census)
     found = {}
     if config.recall_queries:
         found["retrieval"] = joined | "Retrieval" >> Retrieval(
             join, config.top_k, config.rescore > 0 or join.score.on_embeddings
         )
     found["distinct"] = joined["best"] | "Distinct" >> beam.CombineGlobally(Distinct())
-    totals = {"train": train, "tests": tests} | "Total" >> (
+    totals = {"train": ready, "tests": tests} | "Total" >> (
         TotalInfluence(join) if config.total else KeptTotals(join)
     )
-    made = (joined["made"], totals) | "AllTables" >> beam.Flatten()
+    sets = {"train": ready, "tests": tests} | "Sets" >> SetInfluence(join, sets_of(run))
+    tables_of_sets = sets | "TablesOfSets" >> beam.FlatMap(lambda said: said["made"])
+    for name in ("groups", "slices"):
+        found[name] = sets | name >> beam.Map(lambda said, name=name: said[name])
+    made = (joined["made"], totals, tables_of_sets) | "AllTables" >> beam.Flatten()
     entries = {"index": dataclasses.asdict(choice), "retrieval": None}
     graphs.finish_with(pipeline, run, JOBS["influence"], results, made, entries, found)
+
+
+def sets_of(run: Run) -> "Sets":
+    """The sets of test examples that a run is asked for.
+
+    Raises:
+      InputError: the task has not what they are told by.
+    """
+    from tracin_beam.scoring import groups
+    from tracin_beam.stages.groups import Sets
+
+    loaded, config = run.source.get(), run.config
+    names = loaded.task.label_names
+    grouped = groups.by(config.group_by) if config.group_by else None
+    slices = tuple(groups.slice_of(one, names) for one in dict.fromkeys(config.slice))
+    classes = loaded.engine.kind.name == "classification"
+    groups.check(grouped, slices, loaded.parser.gives_groups, classes)
+    return Sets(grouped, slices, config.top_k, run.kind["threshold"])
 
 
 def _made_by(run: Run) -> list[object]:
@@ -92,6 +122,8 @@ def _made_by(run: Run) -> list[object]:
         config.recall_queries,
         config.index,
         config.total,
+        config.group_by,
+        config.slice,
         config.report_examples,
         run.source.get().task.label_names,
     ]

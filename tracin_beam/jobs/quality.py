@@ -62,7 +62,7 @@ def _conditions(run: Run) -> list[Gate]:
 
 def _cohorts(run: Run) -> dict[str, str]:
     """The cohort of each training shard, by its path."""
-    return trained.cohorts(run.train, files.home(run.config.checkpoints), run.config.trained)
+    return trained.cohorts(run.train, files.home(run.config.checkpoints[0]), run.config.trained)
 
 
 def graph(pipeline: beam.Pipeline, run: Run) -> None:

@@ -8,6 +8,7 @@
                                                 rows.parquet, partition.json
     influence/<test name>/                      influence-*.parquet
     total_influence/<test name>/                total_influence-*.parquet, with --total
+    group_influence/<test name>/                with --group_by; slice_influence/ with --slice
     reports/<test name>.html
     evaluation/<test name>/group-*.parquet      exact scores of the queries that recall is of
     curvature/<preconditioner>/<step>/          second moments of a checkpoint, and of its groups
@@ -41,6 +42,8 @@ _FOLDERS = (
     "index",
     "influence",
     "total_influence",
+    "group_influence",
+    "slice_influence",
     "evaluation",
     "curvature",
     "self_influence",

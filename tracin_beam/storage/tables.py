@@ -45,6 +45,35 @@ TOTAL_INFLUENCE = pa.schema(
     ]
 )
 
+GROUP_INFLUENCE = pa.schema(
+    [
+        ("train_group", pa.string()),
+        ("test_group", pa.string()),
+        ("score_sum", pa.float64()),
+        ("score_mean", pa.float64()),
+        ("standard_error", pa.float64()),
+        ("score_by_checkpoint", pa.list_(pa.float64())),
+        ("train_examples", pa.int64()),
+        ("test_examples", pa.int64()),
+    ]
+)
+
+SLICE_INFLUENCE = pa.schema(
+    [
+        ("slice", pa.string()),
+        ("test_examples", pa.int64()),
+        ("role", pa.string()),
+        ("rank", pa.int32()),
+        ("score", pa.float64()),
+        ("score_by_checkpoint", pa.list_(pa.float64())),
+        ("train_id", pa.string()),
+        ("train_label", pa.float64()),
+        ("train_prediction", pa.float64()),
+        ("train_shard", pa.string()),
+        ("train_position", pa.int64()),
+    ]
+)
+
 INDEX_ROWS = pa.schema(
     [("shard", pa.dictionary(pa.int32(), pa.string())), ("position", pa.int64())]
 )
