@@ -87,7 +87,8 @@ def test_groups_and_slices(tiny, capsys):
     rows = t.table(tiny.out / "slice_influence" / "test")
     wrong = predicted(tiny, test) != [row.y for row in test]
     both = np.array([row.y == 1 and group(row) == "0" for row in test])
-    assert wrong.any() and both.any()
+    assert wrong.any()
+    assert both.any()
     assert check_slice(tiny, rows, "wrong", terms, wrong, train) == 10
     assert check_slice(tiny, rows, "label=1&group=0", terms, both, train) == 10
     assert len(rows) == 20
