@@ -36,6 +36,7 @@ setup(
         "gcp": ["apache-beam[gcp]"],
         "aws": ["apache-beam[aws]"],
         "dataframe": ["pandas"],
+        "benchmarks": ["cleanlab", "pandas", "scikit-learn"],
         "examples": ["scikit-learn"],
         "test": [
             "apache-beam[gcp]",
