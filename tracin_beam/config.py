@@ -164,6 +164,19 @@ class Config:
         "comma separated list.",
         _numbers,
     )
+    checkpoints_select: int = _flag(
+        0,
+        "Checkpoints to take of each training run, with the mean learning rate of the checkpoints "
+        "since the one taken before; 0 for all.",
+        _whole,
+        at_least=0,
+    )
+    checkpoints_select_by: str = _flag(
+        "evenly",
+        "Which checkpoints to take: evenly spread ones, or those before which the loss of a sample "
+        "of the training set fell most.",
+        choices=("evenly", "loss"),
+    )
     train: str = _flag(
         "", "Training shards: a glob, or a comma separated list of globs.", remote=r"gs://.+"
     )

@@ -85,6 +85,39 @@ def test_runs_into_the_same_output_one_by_one_keep_apart(tiny):
     assert embedded(tiny) == both
 
 
+def test_some_checkpoints_of_a_run(tmp_path, launch):
+    tiny = Tiny(tmp_path, launch).write_all(train=2, test=1)
+    steps, rates = (10, 20, 30, 40), (1.0, 0.5, 0.25, 0.5)
+    tiny.write_checkpoints(steps, rates)
+    weights = tiny.weights
+    assert tiny.run("influence", checkpoints_select=2, recall_queries=0) == 0
+    tiny.weights, tiny.rates = [weights[1], weights[3]], [0.75, 0.375]
+    tiny.check(tables=["influence"])
+    evenly = embedded(tiny)
+    train = tiny.good("train")
+    falls = -np.diff([_mean_loss(train, w) for w in weights])
+    best = 1 + int(np.argmax(falls))
+    flags = {"checkpoints_select": 2, "checkpoints_select_by": "loss"}
+    assert tiny.run("embed", test=None, **flags) == 0
+    state = tiny.run_json()
+    assert [c["step"] for c in state["checkpoints"]] == [10, steps[best]]
+    rate = np.mean(rates[1 : best + 1])
+    assert [c["learning_rate"] for c in state["checkpoints"]] == [1.0, pytest.approx(rate)]
+    losses = list(state["selection"]["losses"].values())
+    np.testing.assert_allclose(losses, [_mean_loss(train, w) for w in weights], rtol=1e-5)
+    assert evenly.items() <= embedded(tiny).items()
+    # A new shard does not change which are taken.
+    tiny.write("train-2.tfrecord", t.rows("late", 20, 9))
+    assert tiny.run("embed", test=None, **flags) == 0
+    assert tiny.run_json()["checkpoints"] == state["checkpoints"]
+
+
+def _mean_loss(some, weights):
+    logits = t.residuals(some, weights)[2]
+    own = logits[np.arange(len(some)), [row.y for row in some]]
+    return np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
+
+
 def test_misuse(tiny, capsys):
     shutil.copytree(tiny.both[0], tiny.folder / "copy")
     for specs in ([tiny.both[0]] * 2, [tiny.both[0], tiny.path("copy")]):

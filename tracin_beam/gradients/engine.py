@@ -689,9 +689,9 @@ class Engine:
         Raises:
           InputError: it is not.
         """
-        together = self._quantities(target, values, batch)
+        together = self.quantities(target, values, batch)
         for i in {0, batch.size - 1}:
-            alone = self._quantities(target, values, batch.take([i]))[0]
+            alone = self.quantities(target, values, batch.take([i]))[0]
             if not np.isclose(alone, together[i], rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise InputError(
                     f"the target {target} of an example depends on the others of its batch "
@@ -699,8 +699,8 @@ class Engine:
                     "example a number of its own."
                 )
 
-    def _quantities(self, target: str, values: list[tf.Tensor], batch: Batch) -> np.ndarray:
-        """A target of each example, with the gradients left out: float32 [n]."""
+    def quantities(self, target: str, values: list[tf.Tensor], batch: Batch) -> np.ndarray:
+        """A target of each of at most some hundred examples, without its gradient: float32 [n]."""
 
         def compute() -> np.ndarray:
             self._assign(values)

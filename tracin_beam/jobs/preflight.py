@@ -49,6 +49,7 @@ class Run:
       fingerprint: of task and projection, by what a user calls its parts.
       started: seconds since the epoch.
       kind: of the task, as run.json tells it.
+      selection: which of the checkpoints were taken and why, as run.json tells it; None for all.
       lease: of the results; None where nobody holds one, as of a job that begins by itself.
     """
 
@@ -64,6 +65,7 @@ class Run:
     started: float
     kind: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lease: leases.Lease | None = None
+    selection: Mapping[str, Any] | None = None
 
     @property
     def shard_fingerprints(self) -> dict[str, str]:
@@ -191,6 +193,7 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
       InputError: anything that the run would trip over.
     """
     started = time.time()
+    selection: dict[str, Any] | None = None
     check_keras()
     output = Output(files.full(config.output) if config.output else "")
     earlier = runs.read_run(output) if config.output else {}
@@ -200,11 +203,17 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
     train = _shards(config.train, TRAIN, "train", sets)
     test = _shards(config.test, config.test_name, "test", sets) if with_test and config.test else ()
     _check_apart(train, test)
+    every = checkpoints
+    if config.checkpoints_select and config.checkpoints_select_by == "evenly":
+        checkpoints, selection = _selected(config, every, {}, None, train)
     kept = _earlier_dim(earlier)
     automatic = config.dim == "auto"
     if config.dim == "auto":
         config = dataclasses.replace(config, dim=kept or dims.DIMS[0])
     source, fingerprint, explicit_ids = try_out(config, checkpoints, train, test)
+    if config.checkpoints_select and config.checkpoints_select_by == "loss":
+        known = earlier.get("selection") or {}
+        checkpoints, selection = _selected(config, every, known, source, train)
     stale = _changes(earlier, fingerprint)
     _check_same(config, stale, sets if test else {})
     if stale:
@@ -228,6 +237,7 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
         fingerprint,
         started,
         source.get().engine.described_kind(),
+        selection=selection,
     )
     return CheckedRun(run, earlier, bool(stale), choice, read)
 
@@ -265,6 +275,50 @@ def _checkpoints(config: Config) -> tuple[CheckpointFile, ...]:
                 "the same training run: give each once."
             )
     return found
+
+
+def _selected(
+    config: Config,
+    every: Sequence[CheckpointFile],
+    known: Mapping[str, Any],
+    source: "EngineSource | None",
+    train: Sequence[Shard],
+) -> tuple[tuple[CheckpointFile, ...], dict[str, Any]]:
+    """Some checkpoints of each training run, and what run.json says of them.
+
+    Args:
+      config: the flags.
+      every: the checkpoints of all runs.
+      known: what an earlier run's said; its losses hold still.
+      source: to compute losses with; None where they do not count.
+      train: the training shards.
+    """
+    from tracin_beam.planning import checkpoints as selecting
+
+    losses: dict[str, float] = {}
+    if source:
+        before = known["losses"] if files.fits(known, {"losses": {str: float}}) else {}
+        losses = {c.identity: before[c.identity] for c in every if c.identity in before}
+        new = [c for c in every if c.identity not in losses]
+        found_now = selecting.mean_losses(source.get(), [c.path for c in new], train)
+        losses |= dict(zip((c.identity for c in new), found_now, strict=True))
+    found: list[CheckpointFile] = []
+    for number in range(len(config.checkpoints)):
+        mine = [c for c in every if c.training == number]
+        wanted = min(config.checkpoints_select, len(mine))
+        if source:
+            places = selecting.by_fall([losses[c.identity] for c in mine], wanted)
+        else:
+            places = selecting.evenly(len(mine), wanted)
+        rates = selecting.mean_rates([c.learning_rate for c in mine], places)
+        found += [
+            dataclasses.replace(mine[place], learning_rate=rate)
+            for place, rate in zip(places, rates, strict=True)
+        ]
+    said = {"by": config.checkpoints_select_by, "of": len(every), "losses": losses}
+    steps = ", ".join(str(c.step) for c in found)
+    _log.info("%d of %d checkpoints: steps %s", len(found), len(every), steps)
+    return tuple(found), said
 
 
 def _check_apart(train: Sequence[Shard], test: Sequence[Shard]) -> None:

@@ -35,6 +35,7 @@ def _merge_run(run: "Run", entries: dict[str, Any], earlier: dict[str, Any]) -> 
         "versions": _versions(),
         "fingerprint": run.fingerprint,
         "kind": run.kind,
+        "selection": run.selection,
         "checkpoints": [
             {
                 "path": c.path,
