@@ -49,6 +49,11 @@ def suspects_of(tables, date, seen):
     return pa.Table.from_pylist([{k: row[k] for k in names} for row in rows], schema)
 
 
+def finish(output, date, summaries, suspects, conditions, signals=()):
+    earlier = night.history(output, date)
+    return night.finish(output, date, summaries, suspects, conditions, earlier, signals)
+
+
 def test_a_week(tmp_path):
     output, seen, found = Output(str(tmp_path)), {}, []
     given = gates.parse_all(None, ["max(by_shard.suspects) > 400"])
@@ -71,8 +76,8 @@ def test_a_week(tmp_path):
             )
             for name, table in there.items()
         }
-        made = night.finish(output, date, summaries, suspects, given, there.values())
-        assert made == night.finish(output, date, summaries, suspects, given, there.values())
+        made = finish(output, date, summaries, suspects, given, there.values())
+        assert made == finish(output, date, summaries, suspects, given, there.values())
         found.append(made)
         if day == 1:
             row = suspects.to_pylist()[0]
@@ -102,7 +107,7 @@ def test_nights_that_cannot_be_read_are_left_out(tmp_path, caplog):
     output = Output(str(tmp_path))
     empty = suspects_of([shard("a", 0)], "d", {})[:0]
     for date in ("2026-11-20", "2026-11-21", "2026-11-22"):
-        night.finish(output, date, {"a": nights.summary(shard("a", 0), True)}, empty, [])
+        finish(output, date, {"a": nights.summary(shard("a", 0), True)}, empty, [])
     (tmp_path / "quality/2026-11-20/metrics.json").write_text("{")
     (tmp_path / "quality/2026-11-21/metrics.json").write_text('{"date": "2026-11-21"}')
     assert [n["date"] for n in night.history(output, "2026-11-23")] == ["2026-11-22"]
@@ -113,7 +118,7 @@ def test_metrics_are_there_although_a_gate_is_wrong(tmp_path):
     given = [gates.parse("no_such > 3", "error")]
     empty = suspects_of([shard("a", 0)], "d", {})[:0]
     with pytest.raises(InputError, match="no metric 'no_such'"):
-        night.finish(
+        finish(
             Output(str(tmp_path)), "2026-11-20", {"a": nights.summary(shard("a", 0), True)}, empty,
             given,
         )  # fmt: skip

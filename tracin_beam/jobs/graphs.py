@@ -138,7 +138,7 @@ def finish(
         fingerprint_of(job, run),
         vouched,
         news={**entries, "counts": counts},
-        embeddings=marks.as_json(dict(_embeddings(run, results)), run.output.root),
+        embeddings=marks.as_json(dict(embeddings(run, results)), run.output.root),
     )
     if run.lease and run.lease.detached:
         files.remove([run.lease.path])
@@ -151,7 +151,8 @@ def write_counters(run: Run, job: Job, counters: dict[str, dict[str, int]]) -> N
         write_run(run, {"timings": {job.name: {**timing, "counters": counters}}})
 
 
-def _embeddings(run: Run, results: Sequence[ShardResult]) -> Iterator[Made]:
+def embeddings(run: Run, results: Sequence[ShardResult]) -> Iterator[Made]:
+    """Path and stamp of the embedding files of some results."""
     for result in results:
         for checkpoint, stamp in zip(run.checkpoints, result.stamps, strict=True):
             yield run.output.embeddings(result.set_name, checkpoint, result.shard), stamp
@@ -171,14 +172,14 @@ def is_done(job: Job, run: Run) -> bool:
     if done is None:
         return False
     made = marks.from_json(done["embeddings"], run.output.root)
-    if change := _changed_embeddings(run, mark, made):
+    if change := changed_embeddings(run, mark, made):
         marks.refuse(mark, change)
         return False
     write_run(run, done["news"])
     return True
 
 
-def _changed_embeddings(run: Run, mark: str, made: dict[str, files.Stamp]) -> str:
+def changed_embeddings(run: Run, mark: str, made: dict[str, files.Stamp]) -> str:
     """What is the matter with the first embedding file that is not what it was; "" if none is.
 
     A job that is done reads no embeddings, and later jobs check those that they read. So where

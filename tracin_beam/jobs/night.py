@@ -4,7 +4,8 @@ What a caller does, on tables that are there:
 
     ledger = verdicts.read(output)
     suspects = verdicts.without_reviewed(suspects, ledger, date)
-    night = finish(output, date, summaries, suspects, gates, pieces)
+    earlier = history(output, date)
+    night = finish(output, date, summaries, suspects, gates, earlier, pieces)
     lines, status = gates.lines(night["gates"]), gates.status(night["gates"])
 """
 
@@ -79,6 +80,7 @@ def finish(
     shards: Mapping[str, Mapping[str, Any]],
     suspects: pa.Table,
     conditions: Sequence[Gate],
+    earlier: Sequence[Mapping[str, Any]],
     signals: Iterable[pa.Table] = (),
     extra: Mapping[str, float | None] | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -93,6 +95,7 @@ def finish(
       shards: `nights.summary` of each training shard, by path.
       suspects: rows of `suspects.parquet`, without those that a verdict holds for.
       conditions: the gates.
+      earlier: as `history` gives them.
       signals: pieces of `signals.parquet`.
       extra: other metrics, by name.
       changes: what changed since the last night, as the page shows it.
@@ -103,7 +106,6 @@ def finish(
     Raises:
       InputError: a gate names a metric that there is not. The metrics are written before.
     """
-    earlier = history(output, date)
     night = nights.metrics_of(date, shards, suspects, earlier, extra)
     night |= {"gates": [], "changes": dict(changes or {})}
     folder = output.path("quality", date)

@@ -1,6 +1,7 @@
 """The job `quality`: a night's look at the training data, and what of it is wrong."""
 
 import collections
+import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ import pyarrow.compute as pc
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs import trained
-from tracin_beam.jobs import graphs, night
+from tracin_beam.jobs import graphs, kept, night
+from tracin_beam.jobs.kept import Kept
 from tracin_beam.jobs.parts import Parts
 from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
@@ -20,9 +22,10 @@ from tracin_beam.signals import gates
 from tracin_beam.signals.gates import Gate
 from tracin_beam.storage import files, runs, sinks, tables, verdicts
 from tracin_beam.storage.files import Stamp
-from tracin_beam.storage.runs import Made, Output
+from tracin_beam.storage.runs import Made, Output, ShardResult
 
 _VERSION = 1
+_KEY = ["id", "kind", "content_hash"]  # what makes two nights' suspects the same
 _FILES = (
     *("signals.parquet", "suspects.parquet", "metrics.json", "metrics.prom"),
     *("openlineage.json", "datalab.parquet"),
@@ -65,6 +68,14 @@ def _cohorts(run: Run) -> dict[str, str]:
     return trained.cohorts(run.train, files.home(run.config.checkpoints[0]), run.config.trained)
 
 
+def _data(run: Run) -> str:
+    """A digest of all that a night's tables are made from, but for its date and the verdicts."""
+    from tracin_beam.stages import quality
+
+    parts = [run.shard_fingerprints, run.explicit_ids, run.config.max_rejected, run.kind]
+    return runs.digest([*parts, _cohorts(run), _VERSION, quality.VERSION])
+
+
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
     """Embeds, describes the examples, and writes the night's tables."""
     from tracin_beam.stages.quality import Night, judge
@@ -80,28 +91,36 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
             "quality judges labels by the course of one training: give one --checkpoints."
         )
     date, conditions = date_of(run), _conditions(run)
-    results = graphs.embed_stage(pipeline, run)
-    what = Night(
-        run.output,
-        run.source,
-        run.checkpoints,
-        {(u.shard.path, u.checkpoint.folder): u.fingerprint for u in run.units},
-        kind,
-        _cohorts(run),
-    )
-    parts, duplicates = judge(results, what)
-    made = (
-        pipeline
-        | "Night" >> beam.Create([None])
-        | "WriteNight"
-        >> beam.FlatMap(
-            lambda _, parts, duplicates: write_night(
-                run.output, date, dict(parts), duplicates, conditions, kind
-            ),
-            beam.pvalue.AsList(parts),
-            beam.pvalue.AsList(duplicates),
+    fingerprint = _data(run)
+    earlier = kept.read(run, fingerprint)
+    if earlier:
+        results = pipeline | "Results" >> beam.Create(earlier.results)
+        made = (
+            pipeline
+            | "Night" >> beam.Create([None])
+            | "CopyNight"
+            >> beam.FlatMap(
+                lambda _: copy_night(run.output, date, earlier, conditions, fingerprint)
+            )
         )
-    )
+    else:
+        results = graphs.embed_stage(pipeline, run)
+        units = {(u.shard.path, u.checkpoint.folder): u.fingerprint for u in run.units}
+        what = Night(run.output, run.source, run.checkpoints, units, kind, _cohorts(run))
+        parts, others = judge(results, what)
+        made = (
+            pipeline
+            | "Night" >> beam.Create([None])
+            | "WriteNight"
+            >> beam.FlatMap(
+                lambda _, parts, others, results: write_night(
+                    run.output, date, dict(parts), others, conditions, kind, results, fingerprint
+                ),
+                beam.pvalue.AsList(parts),
+                beam.pvalue.AsList(others),
+                beam.pvalue.AsList(results),
+            )
+        )
     graphs.finish_with(pipeline, run, JOBS["quality"], results, made)
 
 
@@ -109,28 +128,30 @@ def write_night(
     output: Output,
     date: str,
     parts: Mapping[str, tuple[str, Mapping[str, Any]]],
-    duplicates: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
     conditions: Sequence[Gate],
     kind: str,
+    results: Sequence[ShardResult],
+    fingerprint: str,
 ) -> Iterator[Made]:
-    """Writes all that lies in a night's folder.
+    """Writes all that lies in a night's folder, and keeps it for the next.
 
     Args:
       output: the output directory.
       date: of the night.
       parts: path of the signals and `nights.summary` of each training shard, by its path.
-      duplicates: suspects of other kinds than mislabelled, by "shard" and "position".
+      others: suspects of other kinds than mislabelled, by "shard" and "position".
       conditions: the gates.
       kind: of the task.
+      results: of embedding.
+      fingerprint: as of `_data`.
 
     Yields:
       Path and stamp of each file.
     """
     from tracin_beam.stages.quality import SIGNALS
 
-    folder = output.path("quality", date)
-
-    rows: list[dict[str, Any]] = [dict(row) for row in duplicates]
+    rows: list[dict[str, Any]] = [dict(row) for row in others]
     named = _Names(rows)
     wrong = collections.Counter[str]()
 
@@ -146,29 +167,74 @@ def write_night(
                 wrong.update(_range(piece))
             yield piece
 
-    path = files.join(folder, "signals.parquet")
-    stamps = {"signals.parquet": sinks.write_parquet(path, SIGNALS, looked_at())}
+    path = output.path("quality", date, "signals.parquet")
+    stamp = sinks.write_parquet(path, SIGNALS, looked_at())
     named.fill()
-    earlier = _earlier(output, date)
-    cohorts = {shard: summary["cohort"] for shard, (_, summary) in parts.items()}
+    shards = {shard: summary for shard, (_, summary) in parts.items()}
     for row in rows:
-        key = (row["id"], row["kind"], row["content_hash"])
-        row["first_seen"] = earlier.get(key, date)
-        row["cohort"] = cohorts[row["shard"]]
+        row["cohort"] = shards[row["shard"]]["cohort"]
     rows.sort(key=lambda row: (row["kind"], -row["score"], row["shard"], row["position"]))
-    found = pa.Table.from_pylist(rows, schema=SUSPECTS)
-    found = verdicts.without_reviewed(found, verdicts.read(output), date)
-    stamps["suspects.parquet"] = tables.write(files.join(folder, "suspects.parquet"), found)
-    now = {(r["id"], r["kind"], r["content_hash"]) for r in found.to_pylist()}
+    made = Kept(path, stamp, shards, wrong, tuple(results))
+    yield from _finish(output, date, made, rows, conditions, pieces(), fingerprint)
+
+
+def copy_night(
+    output: Output, date: str, earlier: Kept, conditions: Sequence[Gate], fingerprint: str
+) -> Iterator[Made]:
+    """Writes all that lies in the folder of a night whose data are those of an earlier one."""
+    found = kept.read_suspects(output)
+    assert found is not None
+    path = output.path("quality", date, "signals.parquet")
+    stamp = earlier.stamp if path == earlier.signals else files.copy(earlier.signals, path)
+    made = dataclasses.replace(earlier, signals=path, stamp=stamp)
+    rows = found.to_pylist()
+    yield from _finish(output, date, made, rows, conditions, tables.pieces(path), fingerprint)
+
+
+def _finish(
+    output: Output,
+    date: str,
+    made: Kept,
+    rows: list[dict[str, Any]],
+    conditions: Sequence[Gate],
+    pieces: Iterator[pa.Table],
+    fingerprint: str,
+) -> Iterator[Made]:
+    """Writes what depends on the date, the verdicts and the gates, and keeps the rest.
+
+    Args:
+      output: the output directory.
+      date: of the night.
+      made: the night, whose `signals.parquet` is there.
+      rows: suspects, of whatever verdict.
+      conditions: the gates.
+      pieces: of `signals.parquet`.
+      fingerprint: as of `_data`.
+    """
+    earlier = night.history(output, date)
+    last = _last_suspects(output, earlier[-1]["date"]) if earlier else {}
+    first_seen = _first_seen(output, date) | last
+    for row in rows:
+        row["first_seen"] = first_seen.get(_key(row), date)
+    every = pa.Table.from_pylist(rows, schema=SUSPECTS)
+    found = verdicts.without_reviewed(every, verdicts.read(output), date)
+    folder = output.path("quality", date)
+    stamps = {
+        "signals.parquet": made.stamp,
+        "suspects.parquet": tables.write(files.join(folder, "suspects.parquet"), found),
+    }
+    kept.write(output, fingerprint, made, every)
+    now = {_key(row) for row in found.select(_KEY).to_pylist()}
     night.finish(
         output,
         date,
-        {shard: summary for shard, (_, summary) in parts.items()},
+        made.shards,
         found,
         conditions,
-        pieces(),
-        wrong,
-        {"new": sum(key not in earlier for key in now), "gone": len(earlier.keys() - now)},
+        earlier,
+        pieces,
+        made.wrong,
+        {"new": len(now - last.keys()), "gone": len(last.keys() - now)},
     )
     for name in _FILES:
         path = files.join(folder, name)
@@ -208,14 +274,22 @@ class _Names:
             )
 
 
-def _earlier(output: Output, date: str) -> dict[tuple[Any, ...], str]:
-    """When the suspects of the last night before a date were first seen."""
-    nights = night.history(output, date)
-    path = output.path("quality", nights[-1]["date"], "suspects.parquet") if nights else ""
-    if not path or not files.exists(path):
-        return {}
-    rows = tables.read(path, ["id", "kind", "content_hash", "first_seen"]).to_pylist()
-    return {(r["id"], r["kind"], r["content_hash"]): r["first_seen"] for r in rows}
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _KEY)
+
+
+def _last_suspects(output: Output, date: str) -> dict[tuple[Any, ...], str]:
+    """When the suspects of a night were first seen."""
+    path = output.path("quality", date, "suspects.parquet")
+    rows = tables.read(path, [*_KEY, "first_seen"]).to_pylist() if files.exists(path) else []
+    return {_key(row): row["first_seen"] for row in rows}
+
+
+def _first_seen(output: Output, date: str) -> dict[tuple[Any, ...], str]:
+    """When those were first seen, up to a date, that a verdict may have held back since."""
+    found = kept.read_suspects(output)
+    rows = found.select([*_KEY, "first_seen"]).to_pylist() if found is not None else []
+    return {_key(row): row["first_seen"] for row in rows if row["first_seen"] <= date}
 
 
 def _mislabelled(piece: pa.Table, kind: str) -> Iterator[dict[str, Any]]:
@@ -299,29 +373,13 @@ def _summary(run: Run, state: Mapping[str, Any]) -> str:
     if "wrong_labels_low" in metrics:
         low, high = metrics["wrong_labels_low"], metrics["wrong_labels_high"]
         lines.append(f"wrong labels: between {low:,} and {high:,}")
-    if _is_late(run):
+    if metrics.get("accuracy_first_checkpoint", 0) > _LATE:
         lines.append(
             "The first checkpoint already predicts nearly all given labels, wrong ones too: save "
             "some of the first epochs next time, with TracInCheckpoint(save_freq=…)."
         )
     lines.append(f"Written to {run.output.path('quality', date_of(run))}: see report.html")
     return "\n".join([*lines, *gates.lines(found["gates"])])
-
-
-def _is_late(run: Run) -> bool:
-    """Whether the first checkpoint has learnt the given labels."""
-    from tracin_beam.storage import embeddings
-
-    right = known = 0
-    for shard in run.train:
-        path = run.output.embeddings(runs.TRAIN, run.checkpoints[0], shard)
-        for (rows,) in embeddings.read_checkpoints([path], []):
-            judged = np.isfinite(rows.label) & np.isfinite(rows.prediction)
-            right += int((rows.label == rows.prediction)[judged].sum())
-            known += int(judged.sum())
-        if known > 100_000:
-            break
-    return run.kind["name"] == "classification" and known > 0 and right / known > _LATE
 
 
 def _status(run: Run) -> int:

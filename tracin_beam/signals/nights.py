@@ -21,6 +21,7 @@ BINS = len(_EDGES) + 1
 # look like, and what many uncertain ones do.
 _TAILS = (0.0005, 0.002, 0.01, 0.04)
 LEVEL = 0.01  # of all tests of a night together: a false alarm in a hundred nights at most
+_ADDED = ("examples", "loss", "losses", "right", "judged", "first_right", "first_judged")
 _MOST_CLASSES = 1000
 _NIGHTS = 30  # whose arrivals are still compared with
 
@@ -30,17 +31,24 @@ SUSPECT_KINDS = (
 )
 
 
-def summary(signals: pa.Table, classification: bool, identity: str = "") -> dict[str, Any]:
+def summary(
+    signals: pa.Table,
+    classification: bool,
+    identity: str = "",
+    first: np.ndarray | None = None,
+) -> dict[str, Any]:
     """What is kept of a shard, or of some of its rows.
 
     Args:
       signals: rows of `signals.parquet` of one shard, whose "cohort" is one.
       classification: whether labels and predictions are classes, so that there is an accuracy.
       identity: of the shard's content, so that a shard that changed counts as one that came.
+      first: [n], predictions of the first checkpoint.
 
     Returns:
       Sums that can be added: "examples", "loss" and "losses" (sum, and how many there are),
-      "right" and "judged" (labels that are predicted, and labels), "scores" (counts by bin of the
+      "right" and "judged" (labels that are predicted, and labels), "first_right" and
+      "first_judged" (by the first checkpoint), "scores" (counts by bin of the
       mislabel score) and "classes" ({class: [examples, right]}), with "cohort" and "identity". JSON
       can hold it.
     """
@@ -54,6 +62,8 @@ def summary(signals: pa.Table, classification: bool, identity: str = "") -> dict
         "losses": int(finite.sum()),
         "right": 0,
         "judged": 0,
+        "first_right": 0,
+        "first_judged": 0,
         "scores": histogram(_floats(signals, "mislabel_score")),
         "classes": {},
     }
@@ -62,6 +72,10 @@ def summary(signals: pa.Table, classification: bool, identity: str = "") -> dict
         known = np.isfinite(label) & np.isfinite(prediction)
         right = label == prediction
         found["right"], found["judged"] = int((known & right).sum()), int(known.sum())
+        if first is not None:
+            both = np.isfinite(label) & np.isfinite(first)
+            found["first_right"] = int((both & (label == first)).sum())
+            found["first_judged"] = int(both.sum())
         classes, at = np.unique(label[known], return_inverse=True)
         totals = np.bincount(at, minlength=len(classes))
         rights = np.bincount(at, right[known], minlength=len(classes))
@@ -80,7 +94,7 @@ def merged(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if not whole:
             whole = {**one, "scores": list(one["scores"])}
         else:
-            for name in ("examples", "loss", "losses", "right", "judged"):
+            for name in _ADDED:
                 whole[name] += one[name]
             whole["scores"] = [a + b for a, b in zip(whole["scores"], one["scores"], strict=True)]
         for name, (total, right) in one["classes"].items():
@@ -149,6 +163,9 @@ def metrics_of(
     metrics["mean_loss"] = whole["loss"] / whole["losses"] if whole.get("losses") else None
     if whole.get("judged"):
         metrics["accuracy"] = whole["right"] / whole["judged"]
+    seen = merged(one for one in shards.values() if one["cohort"] != "new")
+    if seen.get("first_judged"):
+        metrics["accuracy_first_checkpoint"] = seen["first_right"] / seen["first_judged"]
     metrics["suspicious_shards"] = len(suspicious)
     metrics["new_suspicious_shards"] = len(new_suspicious)
     metrics.update(extra or {})

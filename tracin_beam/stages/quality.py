@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +41,7 @@ from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
+VERSION = 1  # of the signals
 _VERSION = 2  # of the feature files
 _PIECE_ROWS = 65_536
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
@@ -110,6 +113,16 @@ class Night:
     def part(self, result: ShardResult) -> str:
         """The signals of a shard."""
         return self.output.path("_state", "quality", "parts", result.shard.name + ".parquet")
+
+    def sums(self, result: ShardResult) -> str:
+        """The sums of a shard, under a name that says what they are of."""
+        made_of = [self.fingerprint(place, result) for place in self.places]
+        digest = runs.digest([made_of, self.kind])
+        return files.join(self.all_sums, f"{result.shard.name}-{digest}.npz")
+
+    @property
+    def all_sums(self) -> str:
+        return self.output.path("_state", "quality", "sums")
 
     def fit(self, place: int) -> str:
         return self.output.path("_state", "quality", f"ridge-{place}.npz")
@@ -218,24 +231,101 @@ def _targets(night: Night, last: Embeddings, described: Features) -> tuple[np.nd
     return np.eye(classes)[np.where(known, label, 0).astype(int)], known
 
 
-def summed(result: ShardResult, night: Night) -> Iterator[tuple[int, ridge.Sums]]:
-    """The sums of a shard for the ridge, by place of the checkpoint."""
-    whole: dict[int, ridge.Sums] = {}
-    for rows, described in night.read(result):
-        target, known = _targets(night, rows[-1], described[0])
-        for place in night.places:
-            some = ridge.sums(described[place].features[known], target[known])
-            whole[place] = whole[place] + some if place in whole else some
-    yield from whole.items()
+# What reading a file of arrays raises where it is gone, or not as it was written.
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+Sums = dict[int, ridge.Sums]
+"""Those of some shards, by place of the checkpoint."""
+
+
+def summed(result: ShardResult, night: Night) -> tuple[str, ShardResult]:
+    """Writes the sums of a shard, unless they are there: their path, and the shard."""
+    path = night.sums(result)
+    if not files.exists(path):
+        whole: Sums = {}
+        for rows, described in night.read(result):
+            target, known = _targets(night, rows[-1], described[0])
+            for place in night.places:
+                some = ridge.sums(described[place].features[known], target[known])
+                whole[place] = whole[place] + some if place in whole else some
+        _write_sums(path, whole)
+    return path, result
+
+
+def _write_sums(path: str, whole: Sums) -> files.Stamp:
+    return arrays.write(
+        path,
+        {
+            f"{place}.{name}": np.asarray(value)
+            for place, some in whole.items()
+            for name, value in vars(some).items()
+        },
+    )
+
+
+def _read_sums(path: str) -> Sums:
+    kept: dict[str, Any] = arrays.read(path)
+    names = [field.name for field in dataclasses.fields(ridge.Sums)]
+    return {
+        place: ridge.Sums(**{name: kept[f"{place}.{name}"] for name in names})
+        for place in sorted({int(key.partition(".")[0]) for key in kept})
+    }
+
+
+def total(pairs: Iterable[tuple[str, ShardResult]], night: Night) -> Iterator[tuple[int, str]]:
+    """Fits the ridge of each checkpoint to the sums of all shards.
+
+    The total of the last night is kept, so that only the sums of shards that came are added to it,
+    and those of shards that have gone, or were others, subtracted.
+
+    Args:
+      pairs: as of `summed`, of all shards.
+      night: what is known of it.
+
+    Yields:
+      Place of the checkpoint, and path of the fit.
+    """
+    wanted = dict(pairs)
+    path = files.join(night.all_sums, "total.npz")
+    mark = path + ".json"
+    kept = marks.read(mark, night.output.root, "total", {path})
+    before = {files.join(night.all_sums, name) for name in kept["of"]} if kept else set()
+    there = {info.path for info in files.list_folder(night.all_sums)}
+    gone, came = before - wanted.keys(), wanted.keys() - before
+    whole: Sums = {}
+    # What little is left of a large sum would be lost in its rounding.
+    if before and 2 * len(gone) <= len(before & wanted.keys()):
+        try:
+            whole = _read_sums(path)
+            for some in map(_read_sums, sorted(gone)):
+                whole = {place: whole[place] - some[place] for place in some}
+        except _DAMAGED:
+            whole = {}
+    if not whole:
+        gone, came = set(), set(wanted)
+    for name in sorted(came):
+        try:
+            some = _read_sums(name)
+        except _DAMAGED:
+            files.remove([name])
+            some = _read_sums(summed(wanted[name], night)[0])
+        whole = {place: whole[place] + some[place] if whole else some[place] for place in some}
+    if gone or came:
+        files.remove([mark])
+        stamp = _write_sums(path, whole)
+        names = sorted(name.rpartition("/")[2] for name in wanted)
+        marks.write(mark, night.output.root, "total", {path: stamp}, of=names)
+    files.remove(there - wanted.keys() - {path, mark})
+    for place, of_all in whole.items():
+        yield fitted(place, of_all, night)
 
 
 def _added(parts: Iterable[Any]) -> Any:
     return functools.reduce(lambda a, b: a + b, parts)
 
 
-def fitted(pair: tuple[int, ridge.Sums], night: Night) -> tuple[int, str]:
+def fitted(place: int, whole: ridge.Sums, night: Night) -> tuple[int, str]:
     """Fits the ridge of a checkpoint, and writes it to a file that workers read."""
-    place, whole = pair
     if whole.count < 2:
         raise InputError(f"only {whole.count} training examples have a label: too few to judge by")
     fit = vars(ridge.fit(whole))
@@ -404,9 +494,8 @@ class WriteSignals(beam.DoFn):
                 at = slice(done - len(rows[-1]), done)
                 some = {name: column[at] for name, column in near.items()}
                 piece = signals_of(night, result.shard.path, rows, described, ridges, mine, some)
-                summaries.append(
-                    nights.summary(piece, night.kind == "classification", result.shard.identity)
-                )
+                classes, first = night.kind == "classification", rows[0].prediction
+                summaries.append(nights.summary(piece, classes, result.shard.identity, first))
                 yield piece
 
         path = night.part(result)
@@ -461,9 +550,10 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
     )
     fits = (
         shards
-        | "Sums" >> beam.FlatMap(summed, night)
-        | "AddSums" >> beam.CombinePerKey(_added)
-        | "Fit" >> beam.Map(fitted, night)
+        | "Sums" >> beam.Map(summed, night)
+        | "Together" >> beam.WithKeys(None)
+        | "AllSums" >> beam.GroupByKey()
+        | "Fit" >> beam.FlatMap(lambda group, night: total(group[1], night), night)
     )
     tables_of_judged = (
         shards

@@ -37,6 +37,8 @@ from tracin_beam.storage import files, marks, patterns
 
 TRAIN = "train"
 _LONGEST_NAME = 150  # bytes of a shard's name, to which names of files of ours add some
+# Of _state, with a file for each shard.
+_OF_SHARDS = ("self_influence", "quality/parts", "quality/neighbours")
 _FOLDERS = (
     "embeddings",
     "index",
@@ -465,14 +467,17 @@ def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
         for path, is_gone in zip(asked, files.in_parallel(_is_gone, asked), strict=True)
         if is_gone
     ]
-    names = {os.path.basename(path).removesuffix(".tfrecord") for path in gone}
-    names -= {os.path.basename(path).removesuffix(".tfrecord") for path in wanted}
-    of_shards = output.path("_state", "self_influence") + "/"
+    names = {_stem(os.path.basename(path)) for path in gone}
+    names -= {_stem(os.path.basename(path)) for path in wanted}
+    of_shards = tuple(output.path("_state", folder) + "/" for folder in _OF_SHARDS)
     of_gone = [
         path
         for path in mine
-        if path.startswith(of_shards) and os.path.basename(path).removesuffix(".json") in names
+        if path.startswith(of_shards)
+        and _stem(re.sub(r"(\.npz|\.parquet)?(\.json)?$", "", os.path.basename(path))) in names
     ]
+    left = set(mine) - set(gone) | wanted
+    of_gone += [path for path in mine if (of := _described(output, path)) and not of & left]
     orphans = _orphans(output, set(mine) - unfinished)
     doomed = [*unfinished, *(p + end for p in gone for end in (".json", "")), *of_gone, *orphans]
     files.in_parallel(lambda path: files.remove([path]), doomed)
@@ -480,6 +485,16 @@ def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
         for folder in sorted({os.path.dirname(path) for path in doomed}, reverse=True):
             with contextlib.suppress(OSError):  # not empty
                 os.removedirs(folder)
+
+
+def _described(output: Output, path: str) -> set[str]:
+    """Where the embeddings lie of what a feature file describes; empty for other files."""
+    base = output.path("features") + "/"
+    if not path.startswith(base):
+        return set()
+    stem = path.removeprefix(base).removesuffix(".json").removesuffix(".parquet")
+    embedded = output.path("embeddings", *stem.split("/"))
+    return {embedded, embedded + ".tfrecord"}
 
 
 def _orphans(output: Output, there: Collection[str]) -> list[str]:

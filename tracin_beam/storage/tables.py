@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,13 @@ def read(path: str, columns: Sequence[str] | None = None, filters: Any = None) -
     """Reads a Parquet file: some columns, and the rows for which a compute expression holds."""
     with files.local_copy(path) as local:
         return pq.read_table(local, columns=columns, filters=filters, partitioning=None)
+
+
+def pieces(path: str, rows: int = 65_536) -> Iterator[pa.Table]:
+    """Reads a Parquet file, so many rows at a time."""
+    with files.local_copy(path) as local, pq.ParquetFile(local) as file:
+        for batch in file.iter_batches(batch_size=rows):
+            yield pa.Table.from_batches([batch])
 
 
 def read_folder(folder: str, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
