@@ -38,7 +38,7 @@ from tracin_beam.storage import files, marks, patterns
 TRAIN = "train"
 _LONGEST_NAME = 150  # bytes of a shard's name, to which names of files of ours add some
 # Of _state, with a file for each shard.
-_OF_SHARDS = ("self_influence", "quality/parts", "quality/neighbours")
+_OF_SHARDS = ("self_influence", *(f"quality/{of}" for of in ("parts", "neighbours", "around")))
 _FOLDERS = (
     "embeddings",
     "index",
