@@ -17,14 +17,14 @@ import workloads
 from projections import SIZES, exact_scores, found
 
 from tracin_beam.storage import embeddings
-from tracin_beam.storage.embeddings import DTYPES, Embeddings
+from tracin_beam.storage.embeddings import DTYPES, FLOATS, Embeddings
 
 
 def stored(vectors: np.ndarray, dtype: str) -> np.ndarray:
     """The vectors as they are read back."""
     zeros = np.zeros(len(vectors), np.float32)
     ids = np.full(len(vectors), b"", object)
-    rows = Embeddings(ids, np.arange(len(vectors)), zeros, zeros, zeros, zeros, vectors)
+    rows = Embeddings(ids, np.arange(len(vectors)), *[zeros] * len(FLOATS), vectors)
     return embeddings.decode(list(embeddings.encode(rows, dtype))).embedding
 
 

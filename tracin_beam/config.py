@@ -246,10 +246,11 @@ class Config:
     )
     seed: int = _flag(0, "Seed of the projection.", _whole, at_least=0, embeddings=True)
     norms: str = _flag(
-        "exact",
-        "How squared gradient norms, and with them self-influence, are computed; sketched is an "
-        "estimate that is cheaper for convolutions.",
-        choices=("exact", "sketched"),
+        "estimated",
+        "How squared gradient norms, and with them self-influence, are computed; estimated is "
+        "exact but for convolutions with many positions, and the tables state its error; sketched "
+        "is the norm of the embedding.",
+        choices=("exact", "estimated", "sketched"),
         embeddings=True,
     )
     embedding_dtype: str = _flag(

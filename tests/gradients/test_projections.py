@@ -120,6 +120,49 @@ def test_unbiased_and_variance(name, case, seeds):
     assert got.var() <= 1.7 * theory
 
 
+def test_estimated_norms_are_unbiased_and_say_how_far_they_are_off():
+    case = "windowed, strided, large"
+    shape, make, dim = CASES[case]
+    form = make(np.random.default_rng(5))
+    bias = WeightSpec("layer/bias", (9,)), full(9)(np.random.default_rng(6))
+    kernel = WeightSpec("layer/kernel", shape)
+    exact = sum(
+        np.sum(np.float64(forms.materialise(f, s.shape)) ** 2, axis=1)
+        for s, f in ((kernel, form), bias)
+    )
+    norms, errors = [], []
+    for seed in range(200):
+        projection = projections.make("countsketch", dim, seed, [kernel, bias[0]])
+        prepared = [one for _, one in projection.prepare([(kernel, form), bias])]
+        norm, error = forms.estimated_norm(prepared)
+        norms.append(norm)
+        errors.append(error)
+    norms, errors = np.float64(norms), np.float64(errors)
+    assert np.all(np.abs(norms.mean(axis=0) - exact) <= 5 * norms.std(axis=0) / 200**0.5)
+    np.testing.assert_allclose((errors**2).mean(axis=0), norms.var(axis=0), 0.5)
+    assert np.all(norms.std(axis=0) > 0)
+    # Of the mean over the window nothing is random.
+    norm, error = forms.estimated_norm([bias[1]])
+    np.testing.assert_allclose(norm, np.sum(np.square(bias[1].value), axis=1), 1e-5)
+    assert not np.any(error)
+
+
+def test_pieces_of_a_sketch_are_added_at_their_places():
+    rng = np.random.default_rng(0)
+    places, sizes = [3, 3, 15, 0, 7], [5, 16, 2, 40, 1]
+    pieces = [
+        projections._Piece(
+            place, rng.normal(size=(2, n)).astype("float32"), rng.choice([-1.0, 1.0], n)
+        )
+        for place, n in zip(places, sizes, strict=True)
+    ]
+    expected = np.zeros((2, 16))
+    for piece in pieces:
+        for i in range(piece.value.shape[1]):
+            expected[:, (piece.place + i) % 16] += piece.value[:, i] * piece.signs[i]
+    np.testing.assert_allclose(projections._laid_together(pieces, 16), expected, 1e-5, 1e-6)
+
+
 def compression_variance(case):
     """What random signs A [k, m] and B [n, l] add in A U B: the sum of both sides' variances."""
     shape, make, _ = CASES[case]

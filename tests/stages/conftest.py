@@ -28,7 +28,7 @@ class WriteRows:
                 zeros = np.zeros(result.read, np.float32)
                 ids = np.array([b"%d" % i for i in range(result.read)], object)
                 rows = embeddings.Embeddings(
-                    ids, np.arange(result.read), zeros, zeros, zeros, zeros, vector
+                    ids, np.arange(result.read), *[zeros] * len(embeddings.FLOATS), vector
                 )
                 path = self._output.embeddings(set_name, checkpoint, result.shard)
                 with files.atomic_write(path) as handle:

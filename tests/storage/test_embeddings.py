@@ -11,7 +11,7 @@ from tracin_beam.storage.embeddings import COMPUTED, Embeddings, MatrixReader
 
 def rows_of(count, dim=5, start=0):
     rng = np.random.default_rng(count + start)
-    floats = rng.normal(size=(4, count)).astype(np.float32)
+    floats = rng.normal(size=(len(embeddings.FLOATS), count)).astype(np.float32)
     floats[0, ::3] = np.nan
     ids = [b"", b"\xff\xfe raw", "Größe".encode(), b"x" * 300]
     return Embeddings(
@@ -116,7 +116,7 @@ def test_bytes_of_a_record(write):
         rows = Embeddings(
             np.array([b"x" * length], object),
             np.array([10_000]),
-            *np.zeros((4, 1), np.float32),
+            *np.zeros((len(embeddings.FLOATS), 1), np.float32),
             np.zeros((1, dim), np.float32),
         )
         assert embeddings.record_bytes(dim, length) == os.path.getsize(write("one", rows))

@@ -70,7 +70,8 @@ class EngineConfig:
       dim: length of an embedding; projection "none" ignores it.
       seed: of the projection.
       batch_size: examples computed at a time; 0 chooses by the model's size.
-      norms: "exact" ‖∇ℓ‖², or "sketched", ‖S∇ℓ‖², whose relative error is about √(2/dim).
+      norms: "exact" ‖∇ℓ‖²; "estimated", exact but for convolutions whose gradient is compressed,
+        of which their `forms.Split` gives an estimate; or "sketched", ‖S∇ℓ‖².
       ways: "REGEX=WAY,…", which weights take which way to their sketch; see `ways.parse`.
       rules: whether layers take their rules; without, every weight goes the general, slow way.
       padding: whether examples of different lengths are padded and go together; without, those
@@ -82,7 +83,7 @@ class EngineConfig:
     dim: int = 1024
     seed: int = 0
     batch_size: int = 0
-    norms: str = "exact"
+    norms: str = "estimated"
     ways: str = ""
     rules: bool = True
     padding: bool = True
@@ -136,11 +137,13 @@ class Embedded:
     Attributes:
       embedding: float32 [n, dim], S ∇ℓ.
       squared_norm: float32 [n], ‖∇ℓ‖², or its estimate, as the engine's `norms` say.
+      norm_error: float32 [n], the standard error of squared_norm; 0 where that is exact.
       loss, label, prediction: float32 [n]; label and prediction are NaN where they are no number.
     """
 
     embedding: np.ndarray
     squared_norm: np.ndarray
+    norm_error: np.ndarray
     loss: np.ndarray
     label: np.ndarray
     prediction: np.ndarray
@@ -735,8 +738,9 @@ class Engine:
 
     def _exact_norms(self, values: list[tf.Tensor], batch: Batch) -> np.ndarray:
         """‖∇ℓ‖² of at most as many examples as the traced functions have rows, float32 [n]."""
-        if self.config.norms == "exact":
-            return self.embed(values, batch).squared_norm
+        embedded = self.embed(values, batch)
+        if not embedded.norm_error.any():
+            return embedded.squared_norm
         if groups := self._groups(batch):
             found = [(i, self._exact_norms(values, part)) for i, part in groups]
             return _in_places(found, batch.size)
@@ -917,17 +921,21 @@ class Engine:
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> tuple[tf.Tensor, ...]:
         captured = self._gradients(target, values, flat)
-        embedding = self.projection(
-            [(self.specs[i], form) for i, form in captured.gradients.items()]
-        )
-        if self.config.norms == "exact":
-            norm = _squared_norm(captured)
-        else:
+        found = [(self.specs[i], form) for i, form in captured.gradients.items()]
+        parts = self.projection.prepare(found)
+        embedding = self.projection(parts)
+        if self.config.norms == "sketched":
             norm = tf.reduce_sum(tf.square(embedding), axis=1)
+            error = norm * math.sqrt(2 / self.dim)
+        elif self.config.norms == "estimated":
+            norm, error = forms.estimated_norm([part for _, part in parts])
+        else:
+            norm = forms.summed_norm([form for _, form in found])
+            error = tf.zeros_like(norm)
         loss, label, prediction, extra = captured.auxiliary
         if self.added:
             loss += self._added(extra, values, flat)
-        return embedding, norm, loss, label, prediction
+        return embedding, norm, error, loss, label, prediction
 
     def _added(
         self,
@@ -966,7 +974,7 @@ class Engine:
     def _norms(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> tf.Tensor:
-        return _squared_norm(self._gradients(target, values, flat))
+        return forms.summed_norm(list(self._gradients(target, values, flat).gradients.values()))
 
     def _fast(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
@@ -1121,10 +1129,6 @@ def _run(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     finally:
         context.function_call_options = before
-
-
-def _squared_norm(captured: capture.Captured) -> tf.Tensor:
-    return tf.add_n([forms.squared_norm(form) for form in captured.gradients.values()])
 
 
 def _open_spec(spec: tf.TensorSpec, example: tf.Tensor, open_axes: int) -> tf.TensorSpec:

@@ -83,6 +83,19 @@ class Windowed(NamedTuple):
         return math.prod(self.window.size) * int(self.x.shape[-1])
 
 
+class Split(NamedTuple):
+    """A convolution's gradient taken apart, so that ‖G_b‖² can be estimated.
+
+    Attributes:
+      mean: float32 [B, C, n], what all K positions in the window have in common: the gradient's
+        sum over them, over √K.
+      rest: float32 [B, k, n], random combinations of what is left: E‖rest‖² is its squared norm.
+    """
+
+    mean: tf.Tensor
+    rest: tf.Tensor
+
+
 Single = Outer | Windowed | Rows | Full
 
 
@@ -207,12 +220,12 @@ def squared_norm(form: Form) -> tf.Tensor:
         case Outer(left, right):
             if left.shape[1] == 1:
                 return _sum_squares(left[:, 0]) * _sum_squares(right[:, 0])
-            if _gram_is_cheaper(form):
+            if gram_is_cheaper(form):
                 gram = tf.matmul(left, left, transpose_b=True)
                 return tf.reduce_sum(gram * tf.matmul(right, right, transpose_b=True), axis=[1, 2])
             return _sum_squares(tf.matmul(left, right, transpose_a=True))
         case Windowed(x, right, window):
-            if _gram_is_cheaper(form):
+            if gram_is_cheaper(form):
                 gram = _gram_of_patches(x, window)
                 return tf.reduce_sum(gram * tf.matmul(right, right, transpose_b=True), axis=[1, 2])
             seen = slices(x, window)
@@ -221,6 +234,35 @@ def squared_norm(form: Form) -> tf.Tensor:
         case Rows(ids, rows):
             same = tf.cast(ids[:, :, None] == ids[:, None, :], rows.dtype)
             return tf.reduce_sum(same * tf.matmul(rows, rows, transpose_b=True), axis=[1, 2])
+
+
+def summed_norm(gradients: Sequence[Form]) -> tf.Tensor:
+    """‖∇ℓ‖² for each example, of all weights together: float32 [B]."""
+    written = [form.value for form in gradients if isinstance(form, Full)]
+    norms = [squared_norm(form) for form in gradients if not isinstance(form, Full)]
+    if written:  # side by side, as most of them are biases and the like
+        norms.append(_sum_squares(tf.concat(written, axis=1)))
+    return tf.add_n(norms)
+
+
+def estimated_norm(gradients: Sequence[Form | Split]) -> tuple[tf.Tensor, tf.Tensor]:
+    """‖∇ℓ‖² for each example, unbiased, and its standard error: float32 [B] each.
+
+    Only the combinations of what is left of a `Split` are random. They are drawn independently of
+    one another, so that how their squared norms differ tells how far their sum may be off; and
+    independently for each weight, so that variances add up.
+    """
+    split = [form for form in gradients if isinstance(form, Split)]
+    norms = [_sum_squares(form.mean) for form in split]
+    variances = []
+    for form in split:
+        each = tf.reduce_sum(tf.square(form.rest), axis=2)
+        count = int(each.shape[1])
+        norms.append(tf.reduce_sum(each, axis=1))
+        variances.append(tf.math.reduce_variance(each, axis=1) * (count**2 / (count - 1)))
+    others = [form for form in gradients if not isinstance(form, Split)]
+    norm = tf.add_n([*norms, summed_norm(others)] if others else norms)
+    return norm, tf.sqrt(tf.add_n(variances)) if variances else tf.zeros_like(norm)
 
 
 def _inner(left: Form, right: Form) -> tf.Tensor:
@@ -433,6 +475,18 @@ def project_left(form: Outer | Windowed, matrix: tf.Tensor) -> tf.Tensor:
     return tf.reshape(projected, [x.shape[0], -1, matrix.shape[-1]])
 
 
+def window_mean(form: Windowed) -> tf.Tensor:
+    """What each output position sees, summed over the K positions in the window, over √K.
+
+    Of a window without dilations: float32 [B, P, C].
+    """
+    x, window = form.x, form.window
+    paddings, _ = _paddings(x, window)
+    size, strides = [1, *window.size, 1], [1, *window.strides, 1]
+    mean = tf.nn.avg_pool(tf.pad(x, [[0, 0], *paddings, [0, 0]]), size, strides, "VALID")
+    return tf.reshape(mean * math.sqrt(math.prod(window.size)), [x.shape[0], -1, x.shape[-1]])
+
+
 def slices(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
     """What each output position of a convolution sees at each position in its window.
 
@@ -447,25 +501,7 @@ def slices(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
       NotImplementedError: a padding that is not known.
     """
     rank = len(window.size)
-    shape = tf.shape(x)
-    paddings, counts = [], []
-    for i in range(rank):
-        size = x.shape[1 + i] or shape[1 + i]
-        stride = window.strides[i]
-        span = window.dilations[i] * (window.size[i] - 1) + 1
-        if window.padding == "same":
-            count = -(-size // stride)
-            total = _at_least_zero((count - 1) * stride + span - size)
-            paddings.append([total // 2, total - total // 2])
-        elif window.padding == "causal":
-            count = -(-size // stride)
-            paddings.append([span - 1, 0])
-        elif window.padding == "valid":
-            count = (size - span) // stride + 1
-            paddings.append([0, 0])
-        else:
-            raise NotImplementedError(f"padding={window.padding}")
-        counts.append(count)
+    paddings, counts = _paddings(x, window)
     positions = math.prod(counts) if all(isinstance(n, int) for n in counts) else -1
     stride = window.strides[0]
     phases = rank < 3 and stride > 1 and set(window.strides) == {stride} and positions > 0
@@ -496,6 +532,31 @@ def slices(x: tf.Tensor, window: Window) -> list[tf.Tensor]:
         part = padded[(slice(None), *places)]
         parts.append(tf.reshape(part, [x.shape[0], positions, x.shape[-1]]))
     return parts
+
+
+def _paddings(x: tf.Tensor, window: Window) -> tuple[list[list[Any]], list[Any]]:
+    """By spatial axis: zeros before and after, and output positions; tensors where not known."""
+    shape = tf.shape(x)
+    paddings: list[list[Any]] = []
+    counts: list[Any] = []
+    for i in range(len(window.size)):
+        size = x.shape[1 + i] or shape[1 + i]
+        stride = window.strides[i]
+        span = window.dilations[i] * (window.size[i] - 1) + 1
+        if window.padding == "same":
+            count = -(-size // stride)
+            total = _at_least_zero((count - 1) * stride + span - size)
+            paddings.append([total // 2, total - total // 2])
+        elif window.padding == "causal":
+            count = -(-size // stride)
+            paddings.append([span - 1, 0])
+        elif window.padding == "valid":
+            count = (size - span) // stride + 1
+            paddings.append([0, 0])
+        else:
+            raise NotImplementedError(f"padding={window.padding}")
+        counts.append(count)
+    return paddings, counts
 
 
 def _phases(x: tf.Tensor, stride: int) -> tf.Tensor:
@@ -570,7 +631,8 @@ def _sum_squares(x: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.square(x), axis=list(range(1, x.shape.rank)))
 
 
-def _gram_is_cheaper(form: Outer | Windowed) -> bool:
+def gram_is_cheaper(form: Outer | Windowed) -> bool:
+    """Whether inner products of positions take fewer multiplications than the gradient."""
     # A number of positions that is only known when the data is there is taken as 128.
     positions = form.right.shape[1] or 128
     m = form.rows if isinstance(form, Windowed) else form.left.shape[2]

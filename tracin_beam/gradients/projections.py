@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients import forms, ways
-from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Sum, Windowed
+from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Split, Sum, Windowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,13 @@ class Projection(Protocol):
     def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
         """float32 [B, dim], the sum of the weights' projections."""
 
+    def prepare(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> list[tuple[WeightSpec, Any]]:
+        """Takes gradients apart where norms can be estimated from what is projected.
+
+        Returns:
+          The same, with a `forms.Split` in place of some; it may be called with them.
+        """
+
     def numbers(self, spec: WeightSpec, form: Form) -> int:
         """How many numbers it writes for each example to project a gradient of this form."""
 
@@ -62,6 +69,9 @@ class Projection(Protocol):
 
 class _OneWay:
     """The shared methods of projections that write every gradient out."""
+
+    def prepare(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> list[tuple[WeightSpec, Any]]:
+        return list(gradients)
 
     def numbers(self, spec: WeightSpec, form: Form) -> int:
         del form
@@ -142,7 +152,9 @@ class CountSketch:
 
     A gradient that sums over many positions, of a convolution or of a dense layer over tokens, may
     first be compressed from both sides, A G B with random signs in A and B, before it is written
-    out: unbiased all the same, and as such gradients are far from rank one, nearly as accurate.
+    out: unbiased all the same, and as such gradients are far from rank one, nearly as accurate. Of
+    a convolution's gradient the mean over the window is kept as it is, and only what differs from
+    it is compressed: neighbouring pixels are alike, so that the mean has nine tenths of the energy.
     `ways` has the cost model that decides.
 
     Attributes:
@@ -172,10 +184,29 @@ class CountSketch:
     def numbers(self, spec: WeightSpec, form: Form) -> int:
         return ways.numbers(form, self.way(spec, form), self.dim)
 
-    def __call__(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> tf.Tensor:
-        sketches = []
+    def prepare(self, gradients: Sequence[tuple[WeightSpec, Form]]) -> list[tuple[WeightSpec, Any]]:
+        """Splits convolutions that are compressed; see `ways.splits`."""
+        return [(spec, self._split(spec, form)) for spec, form in gradients]
+
+    def __call__(self, gradients: Sequence[tuple[WeightSpec, Any]]) -> tf.Tensor:
+        pieces: list[_Piece] = []
+        whole: list[tf.Tensor] = []
         products: list[tuple[WeightSpec, Outer]] = []
-        for spec, form in gradients:
+
+        def place(found: "tf.Tensor | list[_Piece]") -> None:
+            if isinstance(found, list):
+                pieces.extend(found)
+            else:
+                whole.append(found)
+
+        for spec, form in self.prepare(gradients):
+            if isinstance(form, Split):
+                channels, filters = int(form.mean.shape[1]), int(form.mean.shape[2])
+                mean = WeightSpec(f"{spec.path}, mean", (channels, filters))
+                place(self._full(mean, forms.full(form.mean)))
+                rows = WeightSpec(spec.path, (int(form.rest.shape[1]), filters))
+                place(self._full(rows, forms.full(form.rest)))
+                continue
             way = self.way(spec, form)
             shape = forms.matrix_shape(form, spec.shape) if isinstance(form, Sum) else None
             for part in forms.parts_of(form):
@@ -187,17 +218,19 @@ class CountSketch:
                     case "tensorsketch", Outer():
                         products.append((spec, part))
                     case "blocks", Outer():
-                        sketches.append(self._blocks(spec, part))
+                        place(self._blocks(spec, part))
                     case "rows", Rows():
-                        sketches.append(self._rows(spec, part, shape))
+                        place(self._rows(spec, part, shape))
                     case "compress", _:
                         small = ways.compressed(form)
-                        sketches.append(self._full(*self._compressed(spec, part, shape, small)))
+                        place(self._full(*self._compressed(spec, part, shape, small)))
                     case _:
-                        sketches.append(self._full(spec, part, shape))
+                        place(self._full(spec, part, shape))
         if products:
-            sketches.append(self._convolved(products))
-        return tf.add_n(sketches)
+            whole.append(self._convolved(products))
+        if pieces:
+            whole.append(_laid_together(pieces, self.dim))
+        return tf.add_n(whole)
 
     def _convolved(self, products: Sequence[tuple[WeightSpec, Outer]]) -> tf.Tensor:
         """The sum of the sketches of outer products, with one inverse FFT for all."""
@@ -217,7 +250,7 @@ class CountSketch:
             compute = tf.function(compute, jit_compile=True, autograph=False)
         return compute([form for _, form in products])
 
-    def _blocks(self, spec: WeightSpec, form: Outer) -> tf.Tensor:
+    def _blocks(self, spec: WeightSpec, form: Outer) -> "list[_Piece]":
         """The circular convolution of the two sketches, as a small product for each example.
 
         The wider side lies in the sketch as it is, cut into blocks as long as the narrower side's
@@ -236,10 +269,7 @@ class CountSketch:
         entry = np.where((entry >= 0) & (entry < count), entry, count)
         shifted = tf.gather(tf.pad(narrow, [[0, 0], [0, 1]]), entry, axis=1)
         sketch = tf.reshape(tf.matmul(shifted, wide), [-1, len(entry) * step])
-        turns = -(-len(entry) * step // self.dim)
-        sketch = tf.pad(sketch, [[0, 0], [0, turns * self.dim - len(entry) * step]])
-        sketch = tf.reduce_sum(tf.reshape(sketch, [-1, turns, self.dim]), axis=1)
-        return tf.roll(sketch, matrix.offset, axis=1)
+        return [_Piece(matrix.offset, sketch)]
 
     def _compressed(
         self,
@@ -282,30 +312,47 @@ class CountSketch:
         m, n = shape or forms.matrix_shape(form, spec.shape)
         return _Matrix(self.dim, self._seed, spec, m, n)
 
+    def _split(self, spec: WeightSpec, form: Any) -> Any:
+        """What all positions in the window have in common as it is, and signs' sums of the rest."""
+        if not isinstance(form, Windowed):
+            return form
+        if self.way(spec, form) != "compress" or not ways.splits(form):
+            return form
+        rows, _ = ways.compressed(form)
+        channels, positions = int(form.x.shape[-1]), math.prod(form.window.size)
+        signs = random_signs(form.rows * rows, self._seed, spec, "left")
+        matrix = signs.reshape(positions, channels, rows) / np.float32(math.sqrt(rows))
+        matrix -= matrix.mean(axis=0)
+        rest = forms.project_left(form, matrix.reshape(-1, rows))
+        return Split(
+            tf.matmul(forms.window_mean(form), form.right, transpose_a=True),
+            tf.matmul(rest, form.right, transpose_a=True),
+        )
+
     def _full(
         self, spec: WeightSpec, form: Form, shape: tuple[int, int] | None = None
-    ) -> tf.Tensor:
+    ) -> "tf.Tensor | list[_Piece]":
         matrix = self._matrix(spec, form, shape)
+        value = forms.materialise(form, spec.shape)
         if len(spec.shape) == 1 and spec.size <= self.dim:
-            value = forms.materialise(form, spec.shape) * matrix.row_signs
-            value = tf.pad(value, [[0, 0], [0, self.dim - spec.size]])
-            return tf.roll(value, matrix.offset, axis=1)
-        signs = np.outer(matrix.row_signs, matrix.column_signs).reshape(-1)
-        value = forms.materialise(form, spec.shape) * signs
-        turned = self._turned(value, matrix)
-        if turned is not None:
-            return turned
+            return [_Piece(matrix.offset, value, matrix.row_signs)]
+        signs = np.outer(matrix.row_signs, matrix.column_signs)
+        pieces = self._turned(value, signs, matrix)
+        if pieces is not None:
+            return pieces
         places = matrix.row_places[:, None] + matrix.column_places[None, :]
         summed = tf.math.unsorted_segment_sum(
-            tf.transpose(value), places.reshape(-1) % self.dim, self.dim
+            tf.transpose(value * signs.reshape(-1)), places.reshape(-1) % self.dim, self.dim
         )
         return tf.transpose(summed)
 
-    def _turned(self, value: tf.Tensor, matrix: "_Matrix") -> tf.Tensor | None:
-        """Sums [B, m·n] at their places by turning whole stretches, without a scatter.
+    def _turned(
+        self, value: tf.Tensor, signs: np.ndarray, matrix: "_Matrix"
+    ) -> "list[_Piece] | None":
+        """Takes [B, m·n] apart into stretches that lie in the sketch as they are.
 
         The narrower side's entries are q places apart. So q numbers of the wider side at a time
-        lie, with all of the narrower, in places of their own. None where there are too many turns.
+        lie, with all of the narrower, in places of their own. None where there are too many.
         """
         m, n = matrix.m, matrix.n
         wide, narrow = max(m, n), min(m, n)
@@ -313,20 +360,26 @@ class CountSketch:
         turns = -(-wide // step)
         if narrow * step > self.dim or turns > _MOST_TURNS:
             return None
-        value = tf.reshape(value, [-1, m, n])
+        value, signs = tf.reshape(value, [-1, m, n]), signs.reshape(1, m, n)
+        if m >= n and narrow > 1:
+            value, signs = tf.transpose(value, [0, 2, 1]), signs.transpose(0, 2, 1)
+        elif m >= n:
+            value, signs = tf.reshape(value, [-1, 1, m]), signs.reshape(1, 1, m)
         spare = turns * step - wide
-        if m >= n:
-            value = tf.pad(value, [[0, 0], [0, spare], [0, 0]])
-            value = tf.transpose(tf.reshape(value, [-1, turns, step, n]), [0, 1, 3, 2])
-        else:
+        if narrow == 1:
+            spare = 0
+        if spare:
             value = tf.pad(value, [[0, 0], [0, 0], [0, spare]])
-            value = tf.transpose(tf.reshape(value, [-1, m, turns, step]), [0, 2, 1, 3])
-        value = tf.reshape(value, [-1, turns, narrow * step])
-        value = tf.pad(value, [[0, 0], [0, 0], [0, self.dim - narrow * step]])
-        stretches = tf.unstack(value, axis=1)
-        return tf.add_n(
-            [tf.roll(x, (matrix.offset + i * step) % self.dim, 1) for i, x in enumerate(stretches)]
-        )
+            signs = np.pad(signs, [[0, 0], [0, 0], [0, spare]])
+        stretches = [slice(i * step, min((i + 1) * step, wide + spare)) for i in range(turns)]
+        return [
+            _Piece(
+                (matrix.offset + own.start) % self.dim,
+                tf.reshape(value[:, :, own], [-1, signs[0, :, own].size]),
+                signs[0, :, own].reshape(-1),
+            )
+            for own in stretches
+        ]
 
     def _rows(
         self, spec: WeightSpec, form: Rows, shape: tuple[int, int] | None = None
@@ -342,6 +395,54 @@ class CountSketch:
             tf.reshape(value, [-1]), tf.reshape(places, [-1]), batch * self.dim
         )
         return tf.reshape(summed, [-1, self.dim])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Numbers that lie in a sketch one after the other, round its end to its beginning.
+
+    Attributes:
+      place: of the first of them, in [0, dim).
+      value: float32 [B, L].
+      signs: float32 [L], by which they are still to be multiplied.
+    """
+
+    place: int
+    value: tf.Tensor
+    signs: np.ndarray | None = None
+
+
+def _laid_together(pieces: Sequence[_Piece], dim: int) -> tf.Tensor:
+    """The sum of pieces of a sketch: [B, dim].
+
+    They are laid end to end, each at its place modulo dim with zeros before it where there is a
+    gap, and what is dim apart is added up. So all weights together take three passes over their
+    numbers, and not as many as each of them did by itself over all of dim.
+    """
+    left = sorted(pieces, key=lambda piece: piece.place)
+    batch = tf.shape(pieces[0].value)[0]
+    values: list[tf.Tensor] = []
+    signs: list[np.ndarray] = []
+    end = 0
+
+    def zeros(count: int) -> None:
+        nonlocal end
+        if count:
+            values.append(tf.zeros([batch, count]))
+            signs.append(np.ones(count, np.float32))
+            end += count
+
+    while left:
+        following = [i for i, piece in enumerate(left) if piece.place >= end % dim]
+        piece = left.pop(following[0] if following else 0)
+        zeros((piece.place - end) % dim)
+        size = int(piece.value.shape[1])
+        values.append(piece.value)
+        signs.append(np.ones(size, np.float32) if piece.signs is None else piece.signs)
+        end += size
+    zeros(-end % dim)
+    together = tf.concat(values, axis=1) * np.concatenate(signs).astype(np.float32)
+    return tf.reduce_sum(tf.reshape(together, [-1, end // dim, dim]), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

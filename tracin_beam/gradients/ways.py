@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 
 from tracin_beam.errors import InputError
+from tracin_beam.gradients import forms
 from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Sum, Windowed
 
 WAYS = ("tensorsketch", "blocks", "rows", "materialise", "compress")
@@ -27,6 +28,9 @@ DENSE = (32, 32)
 CONVOLUTION = (16, 64)
 # Where a convolution has many positions they cost most, and the gradient is furthest from rank one.
 _MANY_POSITIONS = 512
+
+# With fewer positions the mean over the window has too many numbers for what it is of.
+_LEAST_POSITIONS = 16
 
 # Per nanosecond on a core or two: multiplications in matrix products (and
 # in those of an example by itself), bytes through memory, and
@@ -77,6 +81,20 @@ def compressed(form: Form) -> tuple[int, int]:
     return min(size.m, rows), min(size.n, columns)
 
 
+def splits(form: Form) -> bool:
+    """Whether a compressed gradient keeps its mean over the window: see `forms.Split`.
+
+    Where the exact norm is cheap there is no need to, and many channels would be too many numbers
+    for few positions.
+    """
+    if not isinstance(form, Windowed) or set(form.window.dilations) != {1}:
+        return False
+    size, count = shape_of(form), math.prod(form.window.size)
+    if count == 1 or compressed(form)[0] >= size.m or forms.gram_is_cheaper(form):
+        return False
+    return (size.positions or _POSITIONS) >= _LEAST_POSITIONS
+
+
 def costs(form: Form, dim: int) -> dict[str, float]:
     """Nanoseconds for each example of the ways that a gradient of this form can take."""
     if isinstance(form, Sum):
@@ -96,6 +114,9 @@ def costs(form: Form, dim: int) -> dict[str, float]:
         products = m * k + k * l + (n * l if l < n else 0)
         traffic = 4 * (min(m, n) + k + l) / _BYTES
         found["compress"] = positions * (products / _PRODUCTS + traffic) + _SCATTER * k * l
+        if isinstance(form, Windowed) and splits(form):
+            mean = m // math.prod(form.window.size) * n
+            found["compress"] += positions * mean / _PRODUCTS + _SCATTER * mean
     if isinstance(form, Outer) and positions == 1:
         found["blocks"] = m * n / _SMALL_PRODUCTS + 16 * dim / _BYTES
     if isinstance(form, Outer) and size.positions is not None:
@@ -147,12 +168,16 @@ def numbers(form: Form, way: str, dim: int) -> int:
     size = shape_of(form)
     positions = size.positions or _POSITIONS
     k, l = compressed(form)  # noqa: E741
+    small = 3 * k * l
+    if way == "compress" and isinstance(form, Windowed) and splits(form):
+        channels = int(form.x.shape[-1])
+        small = channels * positions + 3 * (channels + k) * size.n
     return {
         "tensorsketch": 3 * positions * (dim + 2),
         "blocks": 3 * dim,
         "rows": 4 * positions * size.n,  # places are twice as long as numbers
         "materialise": 3 * size.m * size.n,  # as it is, with signs, transposed
-        "compress": positions * (k + l) + 3 * k * l,
+        "compress": positions * (k + l) + small,
     }[way]
 
 

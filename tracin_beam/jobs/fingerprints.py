@@ -17,7 +17,7 @@ from tracin_beam.storage import embeddings, runs
 _log = logging.getLogger(__name__)
 
 # Raised when the same inputs give other results than before.
-_VERSION = 4
+_VERSION = 5
 _PARTS = ("model", "loss", "parse", "predict")
 _CODE = "code of "
 

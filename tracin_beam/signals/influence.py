@@ -16,6 +16,16 @@ def self_influence(rows: Rows) -> np.ndarray:
     return self_influence_by_checkpoint(rows).sum(axis=1)
 
 
+@signal("self_influence_error", needs=("norm_error",))
+def self_influence_error(rows: Rows) -> np.ndarray:
+    """Standard error of `self_influence`, at most; 0 where `--norms` or the layers make it exact.
+
+    The errors of the checkpoints are taken to go together, as all are projected alike.
+    """
+    score = methods.make(methods.DEFAULT, rows.learning_rates.tolist())
+    return score.by_checkpoint(rows["norm_error"]).sum(axis=1)
+
+
 @signal("self_influence_by_checkpoint", needs=("squared_norm",), by_checkpoint=True)
 def self_influence_by_checkpoint(rows: Rows) -> np.ndarray:
     """Its terms, in checkpoint order."""

@@ -1,9 +1,10 @@
 """Embedding files: a TFRecord for each training or test example at a checkpoint.
 
 A record is a `tf.train.Example` with the columns of `Embeddings`: `id` (bytes), `position` (int64),
-`label`, `prediction`, `loss`, `squared_norm` (float) and `embedding` (bytes: [dim] little-endian
-numbers). The numbers are float32 unless the record says otherwise: one that has a `dtype` (bytes:
-"float16" or "int8") has a `scale` (float) as well, by which its numbers are to be multiplied.
+`label`, `prediction`, `loss`, `squared_norm`, `norm_error` (float) and `embedding` (bytes: [dim]
+little-endian numbers). The numbers are float32 unless the record says otherwise: one that has a
+`dtype` (bytes: "float16" or "int8") has a `scale` (float) as well, by which its numbers are to be
+multiplied.
 
 They are written straight as protocol buffer bytes, since building a message for each in Python
 takes longer than the arithmetic of a small model. They are read as arrays over the bytes of the
@@ -84,6 +85,7 @@ class Embeddings:
       ids: object [n] of bytes.
       position: int64 [n], place of the record in its shard.
       label, prediction, loss, squared_norm: float32 [n].
+      norm_error: float32 [n], the standard error of squared_norm; 0 where that is exact.
       embedding: float32 [n, dim], whatever its dtype in the record.
     """
 
@@ -93,6 +95,7 @@ class Embeddings:
     prediction: Annotated[np.ndarray, Kind("float")]
     loss: Annotated[np.ndarray, Kind("float")]
     squared_norm: Annotated[np.ndarray, Kind("float")]
+    norm_error: Annotated[np.ndarray, Kind("float")]
     embedding: Annotated[np.ndarray, Kind("vector")]
 
     def __len__(self) -> int:
