@@ -26,7 +26,8 @@ def test_the_readme_has_every_column():
 
 def test_columns_and_what_they_need():
     rng = np.random.default_rng(0)
-    columns = {"loss": rng.normal(size=(5, 3)), "squared_norm": rng.uniform(size=(5, 3))}
+    names = ("squared_norm", "norm_error")
+    columns = {"loss": rng.normal(size=(5, 3))} | {n: rng.uniform(size=(5, 3)) for n in names}
     rows = Rows(np.array([0.5, 0.25, 0.125]), columns)
     found = {one.name: one.of(rows, {}) for one in registry.every()}
     terms = [
@@ -35,6 +36,8 @@ def test_columns_and_what_they_need():
     ]
     np.testing.assert_allclose(found["self_influence_by_checkpoint"], terms, rtol=1e-14)
     np.testing.assert_allclose(found["self_influence"], [sum(mine) for mine in terms], rtol=1e-14)
+    errors = columns["norm_error"] @ rows.learning_rates
+    np.testing.assert_allclose(found["self_influence_error"], errors, rtol=1e-14)
     np.testing.assert_array_equal(found["loss_by_checkpoint"], columns["loss"])
 
 
