@@ -1,14 +1,16 @@
-"""Linear datamodelling score of every preconditioner, with the product's default flags.
+"""Linear datamodelling score of every preconditioner, with default flags, and of other methods.
 
-    python benchmarks/lds/score.py --data FOLDER [--runs 3]
+    python benchmarks/lds/score.py --data FOLDER [--problem fashion] [--runs 3]
 
 Park et al. 2023, section 2: Spearman's correlation, over random halves of the training set, of the
 sum of an example's influences on a test example with the test example's loss after training on the
 half (see `truth.py`; less loss for more influence), averaged over test examples. Scores are those
-of `tracin-beam influence` on one network trained on all examples, with five checkpoints.
+of `tracin-beam influence` on one network trained on all examples, with five checkpoints; the other
+methods, in `baselines.py`, take the same ones.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import tempfile
@@ -17,6 +19,8 @@ import keras
 import numpy as np
 import pyarrow.parquet as pq
 import truth
+from baselines import BASELINES, Network
+from problems import PROBLEMS, TEST, TRAIN, Examples, Problem, trained
 
 import tracin_beam
 
@@ -26,45 +30,56 @@ import tracin_beam
 
 
 def build_model():
-    layers = [keras.layers.Dense(n, activation="relu") for n in (128, 64)]
-    return keras.Sequential([keras.Input((784,)), *layers, keras.layers.Dense(10)])
+    layers = [keras.layers.Dense(n, activation="relu") for n in {hidden}]
+    return keras.Sequential([keras.Input(({inputs},)), *layers, keras.layers.Dense({outputs})])
 
 
 task = tracin_beam.Task(
     build_model,
-    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    tracin_beam.Parser(features=((784,), "float32"), label=((), "int64")),
+    {loss},
+    tracin_beam.Parser(features=(({inputs},), "float32"), label={label}),
 )
 """
-CHECKPOINTS = (4, 8, 12, 16, 20)  # epochs
-WAYS = (("none", 1.0), ("projected", 1.0), ("kfac", 1.0))
+CLASSES = {
+    "loss": "keras.losses.SparseCategoricalCrossentropy(from_logits=True)",
+    "label": '((), "int64")',
+}
+NUMBERS = {"loss": "keras.losses.MeanSquaredError()", "label": '((1,), "float32")'}
+WAYS = ("none", "projected", "kfac")
 
 
-def prepare(folder: pathlib.Path, data: pathlib.Path, seed: int) -> None:
-    """Shards, a task file, and the checkpoints of one training on all examples."""
-    x, y, x_test, y_test = truth.examples(data)
+def prepare(folder: pathlib.Path, problem: Problem, examples: Examples, seed: int) -> list:
+    """Shards, a task file, and the checkpoints of one training on all examples, which it gives."""
+    x, y, x_test, y_test = examples
     arrays = {"train": (x, y), "test": (x_test, y_test)}
-    for name, (images, labels) in arrays.items():
+    for name, (features, labels) in arrays.items():
         path = str(folder / f"{name}-*.tfrecord")
-        tracin_beam.write_shards({"features": images, "label": labels}, path)
-    (folder / "task.py").write_text(TASK)
-    every = truth.trained(x, y, np.arange(truth.TRAIN)[None], seed)
-    layers = [keras.layers.Dense(n, activation="relu") for n in (128, 64)]
-    model = keras.Sequential([keras.Input((784,)), *layers, keras.layers.Dense(10)])
+        tracin_beam.write_shards({"features": features, "label": labels}, path)
+    inputs, *hidden, outputs = problem.widths
+    known = NUMBERS if problem.regression else CLASSES
+    task = TASK.format(inputs=inputs, hidden=tuple(hidden), outputs=outputs, **known)
+    (folder / "task.py").write_text(task)
+    every = trained(problem, x, y, np.arange(TRAIN)[None], seed)
+    layers = [keras.layers.Dense(n, activation="relu") for n in hidden]
+    model = keras.Sequential([keras.Input((inputs,)), *layers, keras.layers.Dense(outputs)])
     (folder / "checkpoints").mkdir(exist_ok=True)
-    listing = []
-    for epoch in CHECKPOINTS:
-        model.set_weights(
-            [w[0].reshape(v.shape) for w, v in zip(every[epoch - 1], model.weights, strict=False)]
-        )
+    listing, kept = [], []
+    for epoch in (round(problem.epochs * part / 5) for part in range(1, 6)):
+        weights, rate = every[epoch - 1]
+        own = [w[0].reshape(v.shape) for w, v in zip(weights, model.weights, strict=True)]
+        model.set_weights(own)
         name = f"{epoch:04d}.weights.h5"
         model.save_weights(folder / "checkpoints" / name)
-        listing.append({"path": name, "step": epoch, "epoch": epoch, "learning_rate": truth.RATE})
+        listing.append({"path": name, "step": epoch, "epoch": epoch, "learning_rate": rate})
+        kept.append(Network.of(own, examples))
     (folder / "checkpoints" / "checkpoints.json").write_text(json.dumps(listing))
+    return kept
 
 
-def scores(folder: pathlib.Path, way: str, damping: float) -> tuple[np.ndarray, dict]:
-    """A way's scores, float64 [TEST, TRAIN], and its distinct shares."""
+def scores(
+    folder: pathlib.Path, way: str, damping: str | float
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """A way's scores, float64 [TEST, TRAIN], without the rates too, and what run.json says."""
     tracin_beam.influence(
         f"{folder}/task.py:task",
         checkpoints=f"{folder}/checkpoints",
@@ -73,15 +88,20 @@ def scores(folder: pathlib.Path, way: str, damping: float) -> tuple[np.ndarray, 
         output=f"{folder}/out",
         preconditioner=way,
         damping=damping,
-        top_k=truth.TRAIN,
-        rescore=truth.TRAIN,
+        top_k=TRAIN,
+        rescore=TRAIN,
         report_examples=0,
     )
     table = pq.read_table(folder / "out" / "influence" / "test")
     table = table.filter(np.asarray(table["role"].to_pylist()) == "proponent")
-    found = np.zeros((truth.TEST, truth.TRAIN))
-    found[table["test_position"].to_numpy(), table["train_position"].to_numpy()] = table["score"]
-    return found, json.loads((folder / "out" / "run.json").read_text())["distinct"]
+    place = table["test_position"].to_numpy(), table["train_position"].to_numpy()
+    listing = json.loads((folder / "checkpoints" / "checkpoints.json").read_text())
+    rates = np.array([entry["learning_rate"] for entry in listing])
+    terms = np.stack(table["score_by_checkpoint"].to_numpy())
+    found, even = np.zeros((2, TEST, TRAIN))
+    found[place] = table["score"]
+    even[place] = (terms / np.where(rates > 0, rates, 1)).sum(axis=1)
+    return found, even, json.loads((folder / "out" / "run.json").read_text())
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
@@ -95,38 +115,69 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return found
 
 
+def ceiling(losses: np.ndarray) -> float:
+    """What the mean over seeds can reach, from how the seeds agree: Spearman and Brown.
+
+    Args:
+      losses: float [seeds, halves, tests].
+    """
+    pairs = itertools.combinations(losses, 2)
+    own = np.mean([spearman(one, other).mean() for one, other in pairs])
+    count = len(losses)
+    return float(np.sqrt(count * own / (1 + (count - 1) * own)))
+
+
+def distinct(found: np.ndarray, count: int = 10) -> str:
+    """Different training examples among the slots of all top tens, of both roles."""
+    order = np.argsort(-found, axis=1, kind="stable")
+    ends = order[:, :count], order[:, -count:]
+    return " / ".join(f"{len(np.unique(end)) / end.size:.2f}" for end in ends)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--damping", type=float)
+    parser.add_argument("--problem", choices=PROBLEMS, default="fashion")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--damping", nargs="*", default=["1"])
     arguments = parser.parse_args()
-    with np.load(truth.PATH) as stored:
+    problem = PROBLEMS[arguments.problem]
+    with np.load(truth.path(arguments.problem)) as stored:
         losses = stored["losses"].astype(np.float64)
-    halves = truth.halves()
-    mask = np.zeros((truth.HALVES, truth.TRAIN))
-    np.put_along_axis(mask, halves, 1.0, axis=1)
+    mask = np.zeros((truth.HALVES, TRAIN))
+    np.put_along_axis(mask, truth.halves(), 1.0, axis=1)
     mean = losses.mean(axis=0)
-    # Two halves' mean of the seeds cannot agree better than the seeds do with one another.
-    own = np.mean([spearman(losses[i], losses[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))])
-    ceiling = np.sqrt(3 * own / (1 + 2 * own))
-    print(f"noise ceiling {ceiling:.3f}")
-    print("| run | preconditioner | κ | LDS | standard error | distinct, proponents / opponents |")
-    print("|---|---|---|---|---|---|")
-    for run in range(arguments.first_seed, arguments.first_seed + arguments.runs):
+    examples = problem.examples(arguments.data)
+    each: dict[str, list[np.ndarray]] = {}
+    all_found: dict[str, list[np.ndarray]] = {}
+
+    def note(name: str, found: np.ndarray) -> None:
+        each.setdefault(name, []).append(spearman(mask @ found.T, -mean))
+        all_found.setdefault(name, []).append(found)
+
+    for run in range(arguments.runs):
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
-            prepare(folder, arguments.data, run)
-            for way, default in WAYS:
-                damping = arguments.damping or default
-                found, distinct = scores(folder, way, damping)
-                each = spearman(mask @ found.T, -mean)
-                shares = " / ".join(f"{d['share']:.2f}" for d in distinct.values())
-                error = each.std() / np.sqrt(len(each))
-                print(
-                    f"| {run} | {way} | {damping:g} | {each.mean():.3f} | {error:.3f} | {shares} |"
-                )
+            networks = prepare(folder, problem, examples, run)
+            for way in WAYS:
+                for damping in arguments.damping if way != "none" else ["1"]:
+                    found, even, state = scores(folder, way, damping)
+                    shown = way if damping == "1" else f"{way}, --damping {damping}"
+                    note(f"`{shown}`", found)
+                    if problem.cosine:
+                        note(f"`{shown}`, without the rates", even)
+                    print(run, shown, state["distinct"], state.get("damping"), flush=True)
+        for method, function in BASELINES.items():
+            note(method, function(networks))
+    print(f"{problem.about}: {len(losses)} trainings of each half, ceiling {ceiling(losses):.3f}\n")
+    print("| method | LDS | standard error | of the sum over runs | distinct |")
+    print("|---|---|---|---|---|")
+    for name, runs in each.items():
+        by_test = np.mean(runs, axis=0)
+        error = by_test.std() / np.sqrt(len(by_test))
+        summed = spearman(mask @ np.sum(all_found[name], axis=0).T, -mean).mean()
+        shares = distinct(all_found[name][0])
+        print(f"| {name} | {by_test.mean():.3f} | {error:.3f} | {summed:.3f} | {shares} |")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def patches(inputs):
 
 
 def factors(model, x, y, loss, weight):
-    """E Σ_p ã ãᵀ and E (1/P) Σ_p δ δᵀ of a kernel."""
+    """E Σ_p ã ãᵀ and E (1/P) Σ_p δ δᵀ of a kernel and its bias, which is the last row."""
     layer = next(la for la in model.layers if any(v is weight.variable for v in la.weights))
     a = b = 0.0
     rows = inputs_and_gradients(model, x, y, loss, layer)
@@ -90,6 +90,7 @@ def factors(model, x, y, loss, weight):
             lefts.append(left.astype(np.float64).reshape(-1, weight.size // weight.shape[-1]))
             rights.append(right.astype(np.float64).reshape(-1, weight.shape[-1]))
         left, right = np.concatenate(lefts), np.concatenate(rights)
+        left = np.concatenate([left, np.ones_like(left[:, :1])], axis=1)
         a = a + left.T @ left / len(rows)
         b = b + right.T @ right / len(right) / len(rows)
     return a, b
@@ -119,12 +120,20 @@ def test_scores_are_those_of_the_matrices_written_out(name):
     )
     expected = np.zeros((EXAMPLES, QUERIES))
     cuts = np.cumsum([w.size for w in engine.weights])[:-1]
-    for weight, g in zip(engine.weights, np.split(gradients, cuts, axis=1), strict=True):
+    each = dict(
+        zip([w.path for w in engine.weights], np.split(gradients, cuts, axis=1), strict=True)
+    )
+    for weight in engine.weights:
+        bias = weight.path.replace("kernel", "bias")
         if weight.path.endswith("kernel"):
             a, b = factors(model, x, y, loss, weight)
             matrix = np.kron(a, b)
-        else:
+            g = np.concatenate([each[weight.path], each.pop(bias)], axis=1)
+        elif weight.path in each:
+            g = each[weight.path]
             matrix = np.diag(np.mean(g**2, axis=0))
+        else:
+            continue
         matrix = matrix + DAMPING * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
         expected += g @ np.linalg.solve(matrix, g[:QUERIES].T)
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())

@@ -40,23 +40,19 @@ def projected(tiny, damping):
 
 
 def kronecker(tiny, damping):
-    """The same by K-FAC: the kernel's (A ⊗ B + λ I) written out, the bias's diagonal."""
+    """The same by K-FAC: A ⊗ B + λ I written out, the bias's input being a one."""
     train, test = tiny.good("train"), tiny.good("test")
     terms = []
     for weights, rate in zip(tiny.weights, tiny.rates, strict=True):
         delta, inputs, _ = t.residuals(train, weights)
-        inputs = inputs[:, :-1]
+        other, asked, _ = t.residuals(test, weights)
         a = np.mean([np.outer(x, x) for x in inputs], axis=0)
         b = np.mean([np.outer(d, d) for d in delta], axis=0)
         moments = np.kron(a, b)
         moments += damping * np.linalg.eigvalsh(moments).mean() * np.eye(len(moments))
-        diagonal = np.mean(delta**2, axis=0)
-        diagonal = diagonal + damping * diagonal.mean()
-        other, asked, _ = t.residuals(test, weights)
         own = np.stack([np.outer(x, d).ravel() for x, d in zip(inputs, delta, strict=True)])
-        query = np.stack([np.outer(x[:-1], d).ravel() for x, d in zip(asked, other, strict=True)])
-        products = np.linalg.solve(moments, query.T).T @ own.T + (other / diagonal) @ delta.T
-        terms.append(rate * products)
+        query = np.stack([np.outer(x, d).ravel() for x, d in zip(asked, other, strict=True)])
+        terms.append(rate * np.linalg.solve(moments, query.T).T @ own.T)
     return np.stack(terms, axis=2)
 
 

@@ -32,6 +32,7 @@ from tracin_beam.gradients import (
     projections,
     quantities,
     recurrent,
+    rules,
     uses,
 )
 from tracin_beam.gradients.capture import Weight
@@ -329,6 +330,19 @@ class Engine:
         """Rows of the traced functions."""
         return self.batch_size if self.config.padding else min(self.batch_size, _OF_ONE_LENGTH)
 
+    @functools.cached_property
+    def _biases(self) -> dict[int, int]:
+        """By index of a kernel whose gradient is in factors, the index of its bias."""
+        number = {id(weight.variable): i for i, weight in enumerate(self.weights)}
+        found = {}
+        for layer in {id(weight.layer): weight.layer for weight in self.weights}.values():
+            kernel, bias = (number.get(id(v), -1) for v in rules.kernel_and_bias(layer))
+            form = self._found[1].forms.get(kernel) if bias >= 0 else None
+            factored = isinstance(form, forms.Outer | forms.Windowed)
+            if factored and form.right.shape[-1] == self.specs[bias].size:
+                found[kernel] = bias
+        return found
+
     @property
     def general(self) -> tuple[int, ...]:
         """Indices of the weights that no rule is for: they take a product for each example."""
@@ -523,8 +537,8 @@ class Engine:
           widest: the widest side of a weight that has all second moments; others have squares.
 
         Returns:
-          float64 arrays by "<i>/A" and "<i>/B", or "<i>/diagonal", for the i-th weight; see
-          `forms.moments`.
+          float64 arrays by "<i>/A" and "<i>/B", or "<i>/diagonal", for the i-th weight, and by
+          "<i>+<j>/A" and "<i>+<j>/B" for the i-th with the j-th as its bias; see `forms.moments`.
         """
         together = [part for _, part in self._groups(batch)] or [batch]
         function = self._function(f"moments {widest}", "loss")
@@ -1091,11 +1105,14 @@ class Engine:
         counted: tf.Tensor,
     ) -> dict[str, tf.Tensor]:
         own = self._gradients(target, values, flat).gradients
-        return {
-            f"{i}/{name}": x
-            for i, form in own.items()
-            for name, x in forms.moments(form, counted, self.specs[i].shape, widest).items()
-        }
+        joined = {i: j for i, j in self._biases.items() if i in own}
+        found = {}
+        for i, form in own.items():
+            if i not in joined.values():
+                name = f"{i}+{joined[i]}" if i in joined else f"{i}"
+                parts = forms.moments(form, counted, self.specs[i].shape, widest, i in joined)
+                found |= {f"{name}/{part}": x for part, x in parts.items()}
+        return found
 
 
 def _in_places(parts: Sequence[tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:

@@ -347,8 +347,12 @@ def dot_written(form: Form, queries: tf.Tensor, shape: Sequence[int]) -> tf.Tens
         case Full(value):
             return tf.matmul(value, queries, transpose_b=True)
         case Outer(left, right):  # of one position
-            matrices = tf.reshape(queries, [-1, left.shape[-1], right.shape[-1]])
-            return tf.einsum("bm,qmn,bn->bq", left[:, 0], matrices, right[:, 0])
+            # One product with all queries side by side, then a row of it for each of them.
+            m, n = left.shape[-1], right.shape[-1]
+            beside = tf.transpose(tf.reshape(queries, [-1, m, n]), [1, 0, 2])
+            rows = tf.matmul(left[:, 0], tf.reshape(beside, [m, -1]))
+            rows = tf.reshape(rows, [-1, tf.shape(queries)[0], n])
+            return tf.matmul(rows, tf.transpose(right, [0, 2, 1]))[..., 0]
         case _:
             by_query = tf.map_fn(
                 lambda query: dot_vector(ready, query, shape), queries, parallel_iterations=2
@@ -357,7 +361,7 @@ def dot_written(form: Form, queries: tf.Tensor, shape: Sequence[int]) -> tf.Tens
 
 
 def moments(
-    form: Form, counted: tf.Tensor, shape: Sequence[int], widest: int
+    form: Form, counted: tf.Tensor, shape: Sequence[int], widest: int, bias: bool = False
 ) -> dict[str, tf.Tensor]:
     """Sums over a batch of the second moments that K-FAC takes of a weight's gradient.
 
@@ -372,6 +376,7 @@ def moments(
       counted: float32 [B], 1 for an example that counts and 0 for padding.
       shape: of the weight.
       widest: the widest side whose second moments are taken; of a wider one its squares.
+      bias: whether left has a one more at every position, whose gradient is that of the bias.
 
     Returns:
       "A" [m, m] or [m] and "B" [n, n] or [n], or "diagonal" [N]: float32.
@@ -383,20 +388,26 @@ def moments(
             return tf.reduce_sum(tf.square(flat), axis=0)
         return tf.matmul(flat, flat, transpose_a=True)
 
+    def with_one(left: tf.Tensor) -> tf.Tensor:
+        return tf.concat([left, tf.ones_like(left[..., :1])], axis=-1) if bias else left
+
     match form:
         case Outer(left, right):
             root = tf.sqrt(counted)[:, None, None]
             positions = tf.cast(tf.shape(right)[1], tf.float32)
-            return {"A": moment(left, root), "B": moment(right, root / tf.sqrt(positions))}
+            return {
+                "A": moment(with_one(left), root),
+                "B": moment(right, root / tf.sqrt(positions)),
+            }
         case Windowed(x, right, window):
             root = tf.sqrt(counted)[:, None, None]
             positions = tf.cast(tf.shape(right)[1], tf.float32)
-            size = form.rows
+            size = form.rows + bias
 
             def with_next(total: tf.Tensor, one: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
                 # Patches are as many times the input as a window has positions: never all at once.
                 patches = tf.concat(slices(one[0][None], window), axis=-1)
-                return total + moment(patches, one[1])
+                return total + moment(with_one(patches), one[1])
 
             zeros = tf.zeros([size] if size > widest else [size, size])
             left = tf.foldl(with_next, (x, root), initializer=zeros)

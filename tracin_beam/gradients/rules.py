@@ -74,6 +74,21 @@ def rule_for(layer: keras.layers.Layer) -> Rule | None:
     return None
 
 
+def kernel_and_bias(layer: keras.layers.Layer) -> tuple[keras.Variable | None, ...]:
+    """The weights of a layer whose output is x · kernel + bias at every position; else None, None.
+
+    The bias is then the kernel's row for an input of one.
+    """
+    known = rule_for(layer)
+    if known not in (dense, einsum_dense, conv) or getattr(layer, "bias", None) is None:
+        return None, None
+    if known is einsum_dense:
+        inputs, kernel = layer.equation.partition("->")[0].split(",")
+        if kernel[0] not in inputs:  # outputs first
+            return None, None
+    return layer._kernel, layer.bias
+
+
 @rule(keras.layers.Dense)
 def dense(layer: Any, x: tf.Tensor, g: tf.Tensor) -> Contributions:
     """Inputs [B, ..., m], outputs [B, ..., n]."""

@@ -7,6 +7,8 @@ dictionary of float64 arrays, which `numpy.savez` writes:
     R                  Σ s sᵀ over the embeddings: [D, D]
     <i>/A, <i>/B       of the i-th weight, Σ ã ãᵀ and Σ δ δᵀ: [m, m] and [n, n]; only their
                        diagonals, [m] or [n], where the side is wider than WIDEST
+    <i>+<j>/A, …/B     the same of the i-th and its bias, the j-th, whose input is ã's last, a one:
+                       [m + 1, m + 1]
     <i>/diagonal       of a weight without factors, Σ g²: [N]
 """
 
@@ -15,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+# Of the sums on disk; to be raised when their meaning changes.
+LAYOUT = 2
 # The widest side of a weight whose factor is a matrix: 128 MB, and 20 s for its eigenvectors.
 WIDEST = 4096
 # The longest embedding that has a matrix of second moments, of 512 MB.
@@ -57,7 +61,7 @@ class Curvature:
         self._means = means
         self._damping = damping
         self._inverse: np.ndarray | None = None
-        self._weights: dict[int, Kronecker | np.ndarray] = {}
+        self._parts: dict[str, Kronecker | np.ndarray] = {}
 
     def solve(self, rows: np.ndarray) -> np.ndarray:
         """(R + κ tr(R)/D I)⁻¹ s of float [n, D]: float64 [n, D]."""
@@ -74,24 +78,25 @@ class Curvature:
         Returns:
           float32 arrays of the same shapes.
         """
-        return [
-            self._of_weight(i, np.asarray(g, np.float64)).astype(np.float32)
-            for i, g in enumerate(gradients)
-        ]
+        found = [np.zeros(np.shape(g), np.float32) for g in gradients]
+        for part in sorted({name.partition("/")[0] for name in self._means} - {"R"}):
+            numbers = [int(number) for number in part.split("+")]
+            # A bias is the last row of its kernel.
+            beside = np.concatenate([gradients[i] for i in numbers], axis=1, dtype=np.float64)
+            if part not in self._parts:
+                self._parts[part] = self._inverted(part)
+            inverted = self._parts[part]
+            beside = inverted(beside) if isinstance(inverted, Kronecker) else beside * inverted
+            sizes = [np.shape(gradients[i])[1] for i in numbers]
+            for i, own in zip(numbers, np.split(beside, np.cumsum(sizes)[:-1], 1), strict=True):
+                found[i] = own.astype(np.float32)
+        return found
 
-    def _of_weight(self, i: int, gradients: np.ndarray) -> np.ndarray:
-        if i not in self._weights:
-            self._weights[i] = self._inverted(i)
-        found = self._weights[i]
-        return found(gradients) if isinstance(found, Kronecker) else gradients * found
-
-    def _inverted(self, i: int) -> "Kronecker | np.ndarray":
-        if f"{i}/A" in self._means:
-            return Kronecker(self._means[f"{i}/A"], self._means[f"{i}/B"], self._damping)
-        if f"{i}/diagonal" in self._means:
-            diagonal = self._means[f"{i}/diagonal"]
-            return _reciprocal(diagonal + self._damping * diagonal.mean())
-        return np.zeros(())  # no loss depends on it
+    def _inverted(self, part: str) -> "Kronecker | np.ndarray":
+        if f"{part}/A" in self._means:
+            return Kronecker(self._means[f"{part}/A"], self._means[f"{part}/B"], self._damping)
+        diagonal = self._means[f"{part}/diagonal"]
+        return _reciprocal(diagonal + self._damping * diagonal.mean())
 
 
 class Kronecker:

@@ -80,7 +80,7 @@ def take_sums(join: Join, group: Group, place: int, tally: Tally | None = None) 
     tally = tally or Tally()
     path, root = part_path(join, group, place), join.output.root
     kind = join.score.preconditioner
-    wanted = runs.digest([group.fingerprint, kind, curvature.WIDEST, SAMPLED])
+    wanted = runs.digest([group.fingerprint, kind, curvature.LAYOUT, curvature.WIDEST, SAMPLED])
     if marks.read(path + _MARK, root, wanted, {path}):
         tally.add("sums_found")
         return path
