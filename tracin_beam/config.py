@@ -123,6 +123,13 @@ def _dim(text: str) -> int | str:
         raise ValueError(f"give a number or auto, not {text!r}") from None
 
 
+def _damping(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ValueError(f"give a number or auto, not {text!r}") from None
+
+
 def _size(text: str) -> int:
     """Bytes, from a number with or without a unit."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
@@ -208,11 +215,11 @@ class Config:
         "retraining would do.",
         choices="tracin_beam.scoring.methods:preconditioners",
     )
-    damping: float = _flag(
+    damping: float | Literal["auto"] = _flag(
         1.0,
         "For --preconditioner: what is added to the second moments, in multiples of their mean "
-        "eigenvalue.",
-        _number,
+        "eigenvalue; auto takes the least with which halves of the training set agree on scores.",
+        _damping,
         between=(0, math.inf),
     )
     layers: str = _flag(

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import tensorflow as tf
 
+from tracin_beam.gradients import forms
 from tracin_beam.scoring import curvature
 
 EXAMPLES, QUERIES, DAMPING = 7, 3, 0.3
@@ -108,6 +109,7 @@ def test_scores_are_those_of_the_matrices_written_out(name):
     known = curvature.Curvature(curvature.scaled(sums, 1 / EXAMPLES), DAMPING)
     queries = engine.queries(values, batch.take(range(QUERIES)), written_out=True)
     transformed = known.precondition(queries.gradients)
+    assert (name == "dense") == any(isinstance(g, forms.Outer) for g in transformed[:1])
     found = engine.scores(values, batch, type(queries)(QUERIES, transformed, written_out=True))
 
     model = engine.model
@@ -136,7 +138,10 @@ def test_scores_are_those_of_the_matrices_written_out(name):
             continue
         matrix = matrix + DAMPING * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
         expected += g @ np.linalg.solve(matrix, g[:QUERIES].T)
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+    close = {"rtol": 2e-3, "atol": 1e-3 * np.abs(expected).max()}
+    np.testing.assert_allclose(found, expected, **close)
+    squares = engine.quadratic(values, batch, known.parts())
+    np.testing.assert_allclose(squares[:QUERIES], np.diag(expected[:QUERIES]), **close)
 
 
 def test_a_side_that_is_too_wide_has_its_diagonal():
@@ -145,5 +150,17 @@ def test_a_side_that_is_too_wide_has_its_diagonal():
     q = rng.normal(size=(2, 18))
     matrix = np.kron(np.diag(np.diag(a)), b)
     matrix += 0.5 * np.trace(matrix) / 18 * np.eye(18)
-    found = curvature.Kronecker(np.diag(a), b, 0.5)(q)
-    np.testing.assert_allclose(found, np.linalg.solve(matrix, q.T).T, rtol=1e-8)
+    known = curvature.Kronecker(np.diag(a), b, 0.5)
+    expected = np.linalg.solve(matrix, q.T).T
+    np.testing.assert_allclose(known(q), expected, rtol=1e-8)
+    # The same by the arrays that the engine takes, of one position and of several.
+    given = {name: tf.constant(x, tf.float32) for name, x in known.arrays().items()}
+    by, right = given["by"], given["right"]
+    left = rng.normal(size=(2, 4, 6)).astype(np.float32)
+    other = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    for form in (forms.Outer(left, other), forms.Outer(left[:, :1], other[:, :1])):
+        form = forms.Outer(*map(tf.constant, form))
+        g = forms.materialise(form, (6, 3)).numpy().astype(np.float64)
+        wanted = np.sum(g * np.linalg.solve(matrix, g.T).T, axis=1)
+        squares = forms.quadratic(form, (6, 3), by, None, right, False)
+        np.testing.assert_allclose(squares, wanted, rtol=1e-4)

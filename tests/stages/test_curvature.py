@@ -7,6 +7,7 @@ import pytest
 import tiny as t
 from tiny import Tiny
 
+from tracin_beam.scoring.damping import GRID
 from tracin_beam.storage import embeddings
 
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}
@@ -28,10 +29,10 @@ def embedded(tiny, side):
     return found
 
 
-def projected(tiny, damping):
-    """float64 [tests, trains, C]."""
+def projected(tiny, damping, queries="test"):
+    """float64 [queries, trains, C]."""
     terms = []
-    train, test = embedded(tiny, "train"), embedded(tiny, "test")
+    train, test = embedded(tiny, "train"), embedded(tiny, queries)
     for s, q, rate in zip(train, test, tiny.rates, strict=True):
         r = sum(np.outer(row, row) for row in s) / len(s)
         ridge = damping * np.trace(r) / len(r) * np.eye(len(r))
@@ -39,9 +40,9 @@ def projected(tiny, damping):
     return np.stack(terms, axis=2)
 
 
-def kronecker(tiny, damping):
+def kronecker(tiny, damping, queries="test"):
     """The same by K-FAC: A ⊗ B + λ I written out, the bias's input being a one."""
-    train, test = tiny.good("train"), tiny.good("test")
+    train, test = tiny.good("train"), tiny.good(queries)
     terms = []
     for weights, rate in zip(tiny.weights, tiny.rates, strict=True):
         delta, inputs, _ = t.residuals(train, weights)
@@ -101,6 +102,51 @@ def test_a_preconditioned_job(problem, name, oracle):
     assert not (problem.out / "total_influence" / "test").exists() or not os.listdir(
         problem.out / "total_influence" / "test"
     )
+
+
+@pytest.mark.parametrize(("name", "oracle"), [("projected", projected), ("kfac", kronecker)])
+def test_preconditioned_self_influence(problem, name, oracle):
+    assert problem.run("self_influence") == 0
+    assert problem.run("self_influence", preconditioner=name, damping=0.1) == 0
+    expected = np.einsum("iic->ic", oracle(problem, 0.1, "train"))
+    train = {row.id: i for i, row in enumerate(problem.good("train"))}
+    rows = t.table(problem.out / "self_influence")
+    wanted = expected[[train[row["id"]] for row in rows]]
+    np.testing.assert_allclose([r["self_influence_by_checkpoint"] for r in rows], wanted, **CLOSE)
+    np.testing.assert_allclose([r["self_influence"] for r in rows], wanted.sum(axis=1), **CLOSE)
+    assert problem.run_json()["method"].startswith("TracInCP, preconditioned")
+    assert problem.run("self_influence") == 0
+    t.check_self_influence(problem, problem.good("train"))
+
+
+def agreement(tiny, damping):
+    """How scores by the second moments of two halves of the training set agree."""
+    found = []
+    for s, q in zip(embedded(tiny, "train"), embedded(tiny, "test"), strict=True):
+        # Every second of each shard, of eight.
+        odd = np.arange(len(s)) % 2 == 1
+        scores = []
+        for half in (s[~odd], s[odd]):
+            r = half.T @ half
+            ridge = damping * np.trace(r) / len(r) * np.eye(len(r))
+            scores.append(np.linalg.solve(r + ridge, q.T).T @ s.T)
+        both = np.corrcoef(*scores)[: len(q), len(q) :]
+        found.append(np.trace(both) / len(both) - both[~np.eye(len(both), dtype=bool)].mean())
+    return np.mean(found)
+
+
+def test_damping_that_is_chosen(problem):
+    assert problem.run("influence", preconditioner="projected", damping="auto", total=True) == 0
+    stated = problem.run_json()["damping"]
+    wanted = {damping: agreement(problem, damping) for damping in GRID}
+    assert stated["agreement"] == pytest.approx({f"{k:g}": x for k, x in wanted.items()}, abs=1e-5)
+    assert stated["value"] == min(k for k, x in wanted.items() if x >= 0.6)
+    check(problem, projected(problem, stated["value"]))
+    assert problem.run("self_influence", preconditioner="kfac", damping="auto") == 0
+    stated = problem.run_json()["damping"]
+    expected = np.einsum("iic->i", kronecker(problem, stated["value"], "train"))
+    found = [row["self_influence"] for row in t.table(problem.out / "self_influence")]
+    np.testing.assert_allclose(found, expected, **CLOSE)
 
 
 def test_shards_that_come_and_go_cost_their_group(problem):

@@ -157,7 +157,7 @@ class Queries:
     Attributes:
       size: how many there are.
       gradients: flat list of the tensors of their forms; or where they are written out, of every
-        weight float32 [size, N].
+        weight float32 [size, N], or an `Outer` where it has one position.
       written_out: whether they are.
       groups: instead of these, where queries of one length go together: places, and their queries.
     """
@@ -338,8 +338,9 @@ class Engine:
         for layer in {id(weight.layer): weight.layer for weight in self.weights}.values():
             kernel, bias = (number.get(id(v), -1) for v in rules.kernel_and_bias(layer))
             form = self._found[1].forms.get(kernel) if bias >= 0 else None
-            factored = isinstance(form, forms.Outer | forms.Windowed)
-            if factored and form.right.shape[-1] == self.specs[bias].size:
+            if isinstance(form, forms.Outer | forms.Windowed) and (
+                form.right.shape[-1] == self.specs[bias].size
+            ):
                 found[kernel] = bias
         return found
 
@@ -474,13 +475,14 @@ class Engine:
           batch: examples.
           target: what is differentiated.
           written_out: whether to write them out, so that they can be transformed; takes the memory
-            of as many gradients as there are examples.
+            of as many gradients as there are examples, but where a weight's are outer products.
         """
         if written_out:
-            parts = list(self._whole_gradients(values, batch, target))
+            parts = list(self._whole_gradients(values, batch, target, "transformable"))
             order = np.argsort(np.concatenate([places for places, _ in parts]))
-            columns = zip(*(rows for _, rows in parts), strict=True)
-            whole = [np.concatenate(column)[order] for column in columns]
+            whole = tf.nest.map_structure(
+                lambda *column: np.concatenate(column)[order], *(rows for _, rows in parts)
+            )
             return Queries(batch.size, whole, written_out=True)
         if batch.size > self.batch_size:
             raise ValueError(f"{batch.size} queries; at most {self.batch_size} at a time")
@@ -515,7 +517,9 @@ class Engine:
             return _in_places(columns, queries.size).T
         if queries.written_out:
             function = self._function("scores of written out", "loss")
-            gradients = [tf.convert_to_tensor(x, tf.float32) for x in queries.gradients]
+            gradients = tf.nest.map_structure(
+                lambda x: tf.convert_to_tensor(x, tf.float32), list(queries.gradients)
+            )
         else:
             few = queries.size <= _FEW < self._width
             function = self._function("few scores" if few else "scores", target)
@@ -548,6 +552,32 @@ class Engine:
             for name, value in _run(function, values, self._padded(part), counted).items():
                 found[name] = found.get(name, 0.0) + value.numpy().astype(np.float64)
         return found
+
+    def quadratic(
+        self,
+        values: list[tf.Tensor],
+        batch: Batch,
+        parts: Mapping[str, Mapping[str, np.ndarray]],
+    ) -> np.ndarray:
+        """⟨∇ℓ, T ∇ℓ⟩ of every example of a batch of any size: float32 [n].
+
+        Args:
+          values: a checkpoint's.
+          batch: examples.
+          parts: T, as `scoring.curvature.Curvature.parts` gives it.
+        """
+        if groups := self._groups(batch):
+            found = [(i, self.quadratic(values, some, parts)) for i, some in groups]
+            return _in_places(found, batch.size)
+        given = tf.nest.map_structure(lambda x: tf.constant(x, tf.float32), dict(parts))
+        specs = tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), given)
+        function = self._function("quadratic", "loss", (specs,))
+        return np.concatenate(
+            [
+                _run(function, values, self._padded(part), given).numpy()[: part.size]
+                for part in self._parts(batch)
+            ]
+        )
 
     def summed(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> np.ndarray:
         """Σ ∇t(w, z') over a batch of any size: float64 [N], the weights one after the other."""
@@ -675,18 +705,19 @@ class Engine:
         return [v for v in traced.graph.variables if id(v) not in own]
 
     def _whole_gradients(
-        self, values: list[tf.Tensor], batch: Batch, target: str = "loss"
-    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        self, values: list[tf.Tensor], batch: Batch, target: str = "loss", kind: str = "whole"
+    ) -> Iterator[tuple[np.ndarray, list[Any]]]:
         """Places in the batch, and their gradients of every weight: float32 [n, N] each."""
         together = self._groups(batch) or [(np.arange(batch.size), batch)]
-        function = self._function("whole", target)
+        function = self._function(kind, target)
         for places, part in together:
             for start in range(0, part.size, self._checked):
                 some = part.take(range(start, min(start + self._checked, part.size)))
                 found = _run(function, values, self._padded(some, self._checked))
+                size = some.size
                 yield (
                     places[start : start + self._checked],
-                    [x.numpy()[: some.size] for x in found],
+                    tf.nest.map_structure(lambda x, size=size: x.numpy()[:size], list(found)),
                 )
 
     @property
@@ -834,33 +865,35 @@ class Engine:
             return flat
         return [tf.gather(x, index) for x in flat]
 
-    def _function(self, kind: str, target: str) -> Callable[..., Any]:
+    def _function(self, kind: str, target: str, more: Sequence[Any] = ()) -> Callable[..., Any]:
         key = (kind, target)
         # Not within the lock's and the other thread's work, which would wait for one another.
         _ = self._found
         with self._lock:
             if key not in self._functions:
-                self._functions[key] = in_keras_thread(lambda: self._trace(kind, target))
+                self._functions[key] = in_keras_thread(lambda: self._trace(kind, target, more))
             return self._functions[key]
 
-    def _trace(self, kind: str, target: str) -> Callable[..., Any]:
-        width = self._checked if kind == "whole" else self._width
+    def _trace(self, kind: str, target: str, more: Sequence[Any]) -> Callable[..., Any]:
+        width = self._checked if kind in ("whole", "transformable") else self._width
         flat_spec = [
             tf.TensorSpec([width, *spec.shape[1:]], spec.dtype) for spec in self._open_spec
         ]
-        signature = [self._values_spec, flat_spec]
+        signature = [self._values_spec, flat_spec, *more]
         bodies: dict[str, Callable[..., Any]] = {
             "embed": self._embed,
             "features": self._features,
             "outputs": self._outputs,
             "norms": self._norms,
             "whole": self._whole,
+            "transformable": self._transformable,
             "fast": self._fast,
             "queries": self._queries,
             "few scores": self._scores,
             "scores": self._scores,
             "summed": self._summed,
             "products": self._products,
+            "quadratic": self._quadratic,
             "scores of written out": self._scores_of_written_out,
         }
         if kind in ("scores", "few scores"):
@@ -868,7 +901,16 @@ class Engine:
             specs = self._query_specs()
             signature.append([tf.TensorSpec([count, *x.shape[1:]], x.dtype) for x in specs])
         elif kind == "scores of written out":
-            signature.append([tf.TensorSpec([None, spec.size], tf.float32) for spec in self.specs])
+            signature.append(
+                [
+                    tf.nest.map_structure(
+                        lambda x: tf.TensorSpec([None, None, x.shape[-1]]), self._outer[i]
+                    )
+                    if i in self._outer
+                    else tf.TensorSpec([None, spec.size])
+                    for i, spec in enumerate(self.specs)
+                ]
+            )
         elif kind.startswith("moments"):
             bodies[kind] = functools.partial(self._moments, int(kind.split()[1]))
             signature.append(tf.TensorSpec([self._width], tf.float32))
@@ -1011,6 +1053,33 @@ class Engine:
             for i, spec in enumerate(self.specs)
         ]
 
+    @property
+    def _outer(self) -> dict[int, forms.Outer]:
+        """By index of a weight whose gradients are outer products of one position, their specs."""
+        return {
+            i: form
+            for i, form in self._found[1].dots.items()
+            if isinstance(form, forms.Outer) and form.left.shape[1] == 1 and i not in self.general
+        }
+
+    def _transformable(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> list[Any]:
+        found = self._gradients(target, values, flat).gradients
+        count = flat[0].shape[0]
+
+        def one(i: int, spec: projections.WeightSpec) -> Any:
+            if i in self._outer:
+                zeros = tf.nest.map_structure(
+                    lambda x: tf.zeros([count, 1, x.shape[-1]]), self._outer[i]
+                )
+                return found.get(i, zeros)
+            if i in found:
+                return forms.materialise(found[i], spec.shape)
+            return tf.zeros([count, spec.size])
+
+        return [one(i, spec) for i, spec in enumerate(self.specs)]
+
     def _query_specs(self) -> list[tf.TensorSpec]:
         """Of the flat tensors of `Queries`: every weight has its place, whatever the target."""
         return [
@@ -1096,6 +1165,23 @@ class Engine:
             [forms.dot_written(x, queries[i], self.specs[i].shape) for i, x in own.items()]
         )
 
+    def _quadratic(
+        self,
+        target: str,
+        values: Sequence[tf.Tensor],
+        flat: Sequence[tf.Tensor],
+        parts: Mapping[str, Mapping[str, tf.Tensor]],
+    ) -> tf.Tensor:
+        own = self._gradients(target, values, flat).gradients
+        found = []
+        for name, part in parts.items():
+            i, *bias = map(int, name.split("+"))
+            if i in own:
+                left, right = part.get("left"), part.get("right")
+                shape = self.specs[i].shape
+                found.append(forms.quadratic(own[i], shape, part["by"], left, right, bool(bias)))
+        return tf.add_n(found)
+
     def _moments(
         self,
         widest: int,
@@ -1106,7 +1192,7 @@ class Engine:
     ) -> dict[str, tf.Tensor]:
         own = self._gradients(target, values, flat).gradients
         joined = {i: j for i, j in self._biases.items() if i in own}
-        found = {}
+        found: dict[str, tf.Tensor] = {}
         for i, form in own.items():
             if i not in joined.values():
                 name = f"{i}+{joined[i]}" if i in joined else f"{i}"

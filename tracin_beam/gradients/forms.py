@@ -334,19 +334,26 @@ def dot(left: Form, right: Form) -> tf.Tensor:
     raise TypeError(f"no inner product of {type(left).__name__} and {type(right).__name__}")
 
 
-def dot_written(form: Form, queries: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    """⟨G_b, H_q⟩ for every pair of an example and a written out query: float32 [B, Q].
+def dot_written(form: Form, queries: tf.Tensor | Outer, shape: Sequence[int]) -> tf.Tensor:
+    """⟨G_b, H_q⟩ for every pair of an example and a transformed query: float32 [B, Q].
 
     Args:
       form: of B examples.
-      queries: float32 [Q, N].
+      queries: float32 [Q, N], written out; or sums of outer products, for examples that are one.
       shape: of the weight whose gradients these are.
     """
     ready = for_dot(form, shape)
-    match ready:
-        case Full(value):
+    match ready, queries:
+        case Outer(left, right), Outer(others_left, others_right):
+            count, terms = tf.unstack(tf.shape(others_left)[:2])
+            products = [
+                tf.matmul(own[:, 0], tf.reshape(other, [-1, own.shape[-1]]), transpose_b=True)
+                for own, other in ((left, others_left), (right, others_right))
+            ]
+            return tf.reduce_sum(tf.reshape(products[0] * products[1], [-1, count, terms]), axis=2)
+        case Full(value), _:
             return tf.matmul(value, queries, transpose_b=True)
-        case Outer(left, right):  # of one position
+        case Outer(left, right), _:  # of one position
             # One product with all queries side by side, then a row of it for each of them.
             m, n = left.shape[-1], right.shape[-1]
             beside = tf.transpose(tf.reshape(queries, [-1, m, n]), [1, 0, 2])
@@ -424,6 +431,37 @@ def moments(
         case _:
             squares = tf.square(materialise(form, shape))
             return {"diagonal": tf.linalg.matvec(squares, counted, transpose_a=True)}
+
+
+def quadratic(
+    form: Form,
+    shape: Sequence[int],
+    by: tf.Tensor,
+    left: tf.Tensor | None,
+    right: tf.Tensor | None,
+    bias: bool,
+) -> tf.Tensor:
+    """Σ by ∘ (leftᵀ G_b right)², of matrices G_b [m, n]: float32 [B].
+
+    Args:
+      form: of B examples; of factors, where `by` is a matrix.
+      shape: of the weight.
+      by: float32 [m, n], or [N] of a gradient without factors.
+      left, right: float32 [m, m] and [n, n]; None for the identity.
+      bias: whether the last of the m rows is the gradient of the bias.
+    """
+    if not isinstance(form, Outer | Windowed) or by.shape.rank == 1:
+        return tf.linalg.matvec(tf.square(materialise(form, shape)), by)
+    if left is None:
+        left = tf.eye(by.shape[0])
+    inner = by.shape[0] - bias
+    rows, columns = project_left(form, left[:inner]), form.right
+    rows = rows + left[inner] if bias else rows
+    columns = columns if right is None else tf.tensordot(columns, right, 1)
+    if columns.shape[1] == 1:
+        squares = tf.matmul(tf.square(rows[:, 0]), by) * tf.square(columns[:, 0])
+        return tf.reduce_sum(squares, axis=1)
+    return tf.reduce_sum(by * tf.square(tf.matmul(rows, columns, transpose_a=True)), axis=[1, 2])
 
 
 def total(form: Form, weights: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:

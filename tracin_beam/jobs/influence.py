@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 
-from tracin_beam.errors import InputError
 from tracin_beam.jobs import graphs
 from tracin_beam.jobs.parts import Parts
 from tracin_beam.jobs.preflight import Run
@@ -20,20 +19,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Of queries' written out gradients that are held together.
-_QUERY_BYTES = 256 << 20
 # Test examples that the terminal shows.
 _SHOWN = 5
 
 
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
     """Embeds, searches candidates, scores them exactly and states the recall."""
+    from tracin_beam.jobs import joins
     from tracin_beam.planning import retrieval
-    from tracin_beam.scoring import curvature, methods
+    from tracin_beam.stages.curvature import StateDamping
     from tracin_beam.stages.distinct import Distinct
     from tracin_beam.stages.groups import SetInfluence
     from tracin_beam.stages.influence import Influence
-    from tracin_beam.stages.joining import Join
     from tracin_beam.stages.retrieval import Retrieval
     from tracin_beam.stages.total import KeptTotals, TotalInfluence
 
@@ -45,29 +42,7 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     numbers = engine.dim * len(run.checkpoints)
     choice = retrieval.choose(config, run.train, run.test, numbers)
     _log.info("candidates by %s: %s", choice.index, choice.why)
-    join = Join(
-        run.output,
-        run.train,
-        run.test,
-        config.test_name,
-        config.target,
-        run.checkpoints,
-        run.source,
-        run.shard_fingerprints,
-        methods.of_preconditioner(config.preconditioner),
-        numbers,
-        engine.batch_size,
-        config.damping,
-    )
-    if join.score.preconditioner != "none" and engine.dim > curvature.LONGEST:
-        raise InputError(
-            f"--preconditioner={config.preconditioner} takes embeddings of at most "
-            f"{curvature.LONGEST} numbers, of which it inverts the second moments; they have "
-            f"{engine.dim}: give a smaller --dim."
-        )
-    if join.score.written_out:
-        size = 4 * sum(spec.size for spec in engine.specs)
-        join = dataclasses.replace(join, block=max(1, min(join.block, _QUERY_BYTES // size)))
+    join = joins.join_of(run)
     joined = {"train": train, "tests": tests} | "Join" >> Influence(
         join, choice.index, config.index_rows, config.top_k, config.rescore, config.recall_queries
     )
@@ -89,7 +64,9 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     for name in ("groups", "slices"):
         found[name] = sets | name >> beam.Map(lambda said, name=name: said[name])
     made = (joined["made"], totals, tables_of_sets) | "AllTables" >> beam.Flatten()
-    entries = {"index": dataclasses.asdict(choice), "retrieval": None}
+    if join.score.preconditioner != "none":
+        found["damping"] = joined["census"] | "Damping" >> StateDamping(join)
+    entries = {"index": dataclasses.asdict(choice), "retrieval": None, "damping": None}
     graphs.finish_with(pipeline, run, JOBS["influence"], results, made, entries, found)
 
 

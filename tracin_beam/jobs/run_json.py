@@ -29,8 +29,7 @@ def write_run(run: "Run", entries: dict[str, Any], *, anew: bool = False) -> dic
 
 def _merge_run(run: "Run", entries: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     described = {
-        # Queries alone are preconditioned.
-        "method": methods.of_preconditioner(run.config.preconditioner if run.test else "none"),
+        "method": methods.of_preconditioner(run.config.preconditioner),
         "config": run.config.recorded(),
         "versions": _versions(),
         "fingerprint": run.fingerprint,

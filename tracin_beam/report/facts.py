@@ -19,9 +19,20 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("Checkpoints", checkpoints))
     if projection := _projection(_dict(run, "config")):
         facts.append(("Projection", projection))
+    if damping := _damping(_dict(run, "damping")):
+        facts.append(("Damping", damping))
     if distinct := _distinct(_dict(run, "distinct")):
         facts.append(("Distinct examples", distinct))
     return facts + _retrieval(_dict(run, "retrieval"))
+
+
+def _damping(damping: Mapping[str, Any]) -> str:
+    if not isinstance(damping.get("value"), float | int):
+        return ""
+    chosen = "chosen by how halves of the training set agree" if "agreement" in damping else ""
+    return " ".join(filter(None, [f"{damping['value']:g} × the mean eigenvalue,", chosen])).rstrip(
+        ","
+    )
 
 
 def _distinct(distinct: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ A training example's second moments are taken as sums, which add up over groups 
 group that is new or changed costs itself alone. What is kept of sums is by name in a flat
 dictionary of float64 arrays, which `numpy.savez` writes:
 
-    R                  Σ s sᵀ over the embeddings: [D, D]
+    R, H               Σ s sᵀ over the embeddings, and over every second of them: [D, D]
     <i>/A, <i>/B       of the i-th weight, Σ ã ãᵀ and Σ δ δᵀ: [m, m] and [n, n]; only their
                        diagonals, [m] or [n], where the side is wider than WIDEST
     <i>+<j>/A, …/B     the same of the i-th and its bias, the j-th, whose input is ã's last, a one:
@@ -23,6 +23,9 @@ LAYOUT = 2
 WIDEST = 4096
 # The longest embedding that has a matrix of second moments, of 512 MB.
 LONGEST = 8192
+
+# Singular values that are left out, against the greatest, and directions they are sought among.
+_NEGLIGIBLE, _SKETCHED = 1e-7, 64
 
 Sums = Mapping[str, np.ndarray]
 
@@ -69,28 +72,67 @@ class Curvature:
             self._inverse = inverse(self._means["R"], self._damping)
         return rows.astype(np.float64) @ self._inverse
 
-    def precondition(self, gradients: Sequence[Any]) -> list[np.ndarray]:
+    def precondition(self, gradients: Sequence[Any]) -> list[Any]:
         """K-FAC's inverse times gradients, weight by weight.
 
         Args:
-          gradients: float [n, N] of every weight, in their order.
+          gradients: of every weight, in their order: float [n, N], or a `forms.Outer` of arrays
+            where they are outer products.
 
         Returns:
-          float32 arrays of the same shapes.
+          The same, in float32; outer products have become sums of some.
         """
-        found = [np.zeros(np.shape(g), np.float32) for g in gradients]
-        for part in sorted({name.partition("/")[0] for name in self._means} - {"R"}):
+        found = [
+            g._replace(left=np.zeros_like(g.left), right=np.zeros_like(g.right))
+            if hasattr(g, "left")
+            else np.zeros(g.shape, np.float32)
+            for g in gradients
+        ]
+        for part in self._names():
             numbers = [int(number) for number in part.split("+")]
-            # A bias is the last row of its kernel.
+            first: Any = gradients[numbers[0]]
+            inverted = self._of_part(part)
+            if hasattr(first, "left") and isinstance(inverted, Kronecker):
+                a, g = (x[:, 0].astype(np.float64) for x in first)
+                m = a.shape[1]
+                # A bias is the last row of its kernel, for an input of one.
+                a = np.pad(a, [(0, 0), (0, len(numbers) - 1)], constant_values=1.0)
+                left, right = inverted.of_outer(a, g)
+                found[numbers[0]] = first._replace(left=left[..., :m], right=right)
+                for bias in numbers[1:]:
+                    found[bias] = np.einsum("qr,qrn->qn", left[..., m], right)
+                continue
             beside = np.concatenate([gradients[i] for i in numbers], axis=1, dtype=np.float64)
-            if part not in self._parts:
-                self._parts[part] = self._inverted(part)
-            inverted = self._parts[part]
             beside = inverted(beside) if isinstance(inverted, Kronecker) else beside * inverted
-            sizes = [np.shape(gradients[i])[1] for i in numbers]
+            sizes = [gradients[i].shape[1] for i in numbers]
             for i, own in zip(numbers, np.split(beside, np.cumsum(sizes)[:-1], 1), strict=True):
                 found[i] = own.astype(np.float32)
         return found
+
+    def squares(self, rows: np.ndarray) -> np.ndarray:
+        """sᵀ (R + κ tr(R)/D I)⁻¹ s of float [n, D]: float64 [n]."""
+        return np.einsum("nd,nd->n", rows.astype(np.float64), self.solve(rows))
+
+    def parts(self) -> dict[str, dict[str, np.ndarray]]:
+        """K-FAC's inverse by part, Q diag(by) Qᵀ, as `Engine.quadratic` takes it.
+
+        Returns:
+          "by" float64 [m, n] with "left" [m, m] and "right" [n, n], unless they are identities; or
+          "by" [N].
+        """
+        found = {}
+        for part in self._names():
+            one = self._of_part(part)
+            found[part] = one.arrays() if isinstance(one, Kronecker) else {"by": one}
+        return found
+
+    def _names(self) -> list[str]:
+        return sorted({name.partition("/")[0] for name in self._means} - {"R", "H"})
+
+    def _of_part(self, part: str) -> "Kronecker | np.ndarray":
+        if part not in self._parts:
+            self._parts[part] = self._inverted(part)
+        return self._parts[part]
 
     def _inverted(self, part: str) -> "Kronecker | np.ndarray":
         if f"{part}/A" in self._means:
@@ -116,6 +158,12 @@ class Kronecker:
         self._b, self._right = _eigen(b)
         values = np.outer(self._a, self._b)
         self._by = _reciprocal(values + damping * values.mean())
+        self._terms: tuple[np.ndarray, np.ndarray] | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The inverse eigenvalues "by", [m, n], and the eigenvectors, "left" and "right"."""
+        sides = {"left": self._left, "right": self._right}
+        return {"by": self._by} | {name: x for name, x in sides.items() if x is not None}
 
     def __call__(self, gradients: np.ndarray) -> np.ndarray:
         """The preconditioned float64 [q, m·n]."""
@@ -126,6 +174,51 @@ class Kronecker:
         x = x if self._left is None else np.matmul(self._left, x)
         x = x if self._right is None else x @ self._right.T
         return x.reshape(gradients.shape)
+
+    def of_outer(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The preconditioned outer products left ⊗ right, as sums of few of them.
+
+        1 / (λ_A λ_B + λ) is a smooth function of the two logarithms, and so a sum of some ten
+        products of functions of one of them each: a query takes r (m + n) numbers, not m n.
+
+        Args:
+          left, right: float64 [q, m] and [q, n].
+
+        Returns:
+          float32 [q, r, m] and [q, r, n].
+        """
+        if self._terms is None:
+            self._terms = _terms(self._by, self._a, self._b)
+        found = []
+        for x, vectors, terms in zip(
+            (left, right), (self._left, self._right), self._terms, strict=True
+        ):
+            turned = x if vectors is None else x @ vectors
+            scaled = turned[:, None] * terms
+            scaled = scaled if vectors is None else scaled @ vectors.T
+            found.append(scaled.astype(np.float32))
+        return found[0], found[1]
+
+
+def _terms(by: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[r, m] and [r, n] with Σ_r u_r ⊗ v_r = by, as far as scores are concerned.
+
+    The entries count as gradients have them, the root of λ_A or λ_B each. A random sketch of the
+    columns finds the leading singular vectors (Halko, Martinsson and Tropp 2011).
+    """
+    floor = 1 / by.max() if by.any() else 1.0
+    rows, columns = (np.sqrt(x * y.max() + floor) for x, y in ((a, b), (b, a)))
+    matrix = rows[:, None] * by * columns
+    basis: np.ndarray = matrix
+    if min(by.shape) > _SKETCHED:
+        random = np.random.default_rng(0).normal(size=(by.shape[1], _SKETCHED))
+        basis = np.linalg.qr(matrix @ random)[0]
+        u, s, v = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+        u = basis @ u
+    else:
+        u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    count = max(1, int(np.sum(s > _NEGLIGIBLE * s[0])))
+    return (u[:, :count] * s[:count]).T / rows, v[:count] / columns
 
 
 def inverse(moments: np.ndarray, damping: float) -> np.ndarray:

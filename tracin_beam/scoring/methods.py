@@ -105,6 +105,14 @@ class Score:
         """T_c of queries' gradients, for the exact score."""
         return gradients
 
+    def squares(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
+        """⟨s, T_c s⟩ of embeddings [n, D], where the score is defined on them: float64 [n]."""
+        raise NotImplementedError
+
+    def parts(self, checkpoint: int) -> dict[str, dict[str, np.ndarray]]:
+        """T_c of gradients, where they are written out; see `Curvature.parts`."""
+        raise NotImplementedError
+
     def by_checkpoint(self, products: np.ndarray) -> np.ndarray:
         """The score's terms, from inner products with transformed queries.
 
@@ -189,6 +197,9 @@ class Projected(TracInCP):
     def of_embeddings(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
         return self._of(checkpoint).solve(embedding)
 
+    def squares(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
+        return self._of(checkpoint).squares(embedding)
+
     def _of(self, checkpoint: int) -> Curvature:
         if self._curvature is None:
             raise ValueError(f"{self.name} needs the curvature")
@@ -212,6 +223,9 @@ class KFac(Projected):
     def of_gradients(self, checkpoint: int, gradients: "Queries") -> "Queries":
         transformed = self._of(checkpoint).precondition(gradients.gradients)
         return dataclasses.replace(gradients, gradients=transformed)
+
+    def parts(self, checkpoint: int) -> dict[str, dict[str, np.ndarray]]:
+        return self._of(checkpoint).parts()
 
 
 # What a run takes where it says nothing.

@@ -9,11 +9,13 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
 
-from tracin_beam.scoring import curvature
+from tracin_beam.scoring import curvature, damping
+from tracin_beam.scoring.damping import Chosen, Part
 from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Census, Group, Join
 from tracin_beam.stages.metrics import Counters, Tally, timed
@@ -23,6 +25,8 @@ from tracin_beam.storage.embeddings import Embeddings
 
 # Examples of a group that K-FAC's factors are taken from, evenly spread over it.
 SAMPLED = 8192
+# Of the queries and training examples by whose scores the damping is chosen, about so many.
+_QUERIES, _ROWS = 64, 2048
 _MARK = ".json"
 
 _COUNTED = (*("sums_found", "sums_made", "embeddings", "records", "read_msec", "compute_msec"),)
@@ -41,7 +45,8 @@ def _of_embeddings(join: Join, group: Group, place: int, tally: Tally) -> dict[s
     for part in timed(parts, tally, "read"):
         tally.add("embeddings", len(part))
         with tally.timed("compute"):
-            total = curvature.added(total, {"R": curvature.of_embeddings(part.embedding)})
+            half, rest = (curvature.of_embeddings(part.embedding[i::2]) for i in (0, 1))
+            total = curvature.added(total, {"R": half + rest, "H": half})
     return total
 
 
@@ -106,6 +111,54 @@ def write_means(join: Join, place: int, census: Census) -> None:
     files.remove(sorted(path for path in there - kept if "group-" in os.path.basename(path)))
 
 
+def choose_damping(join: Join, census: Census) -> Chosen:
+    """Chooses κ by some test examples' scores, or some training examples' where there are none."""
+    rows = [_spread(join, group, census) for group in census.groups]
+    train = np.concatenate(rows) if rows else np.empty((0, join.numbers), np.float32)
+    if census.queries:
+        some = np.unique(np.linspace(0, census.queries - 1, _QUERIES).astype(np.int64))
+        queries = joining.queries_at(join, census, some)
+    else:
+        queries = train[:: -(-len(train) // _QUERIES) or 1]
+    count = len(join.checkpoints)
+    parts = []
+    for place, (query, row) in enumerate(
+        zip(np.split(queries, count, axis=1), np.split(train, count, axis=1), strict=True)
+    ):
+        means = arrays.read(join.moments(place))
+        # Of each half about a half of the sum, which is all that a damping in multiples needs.
+        halves = means["H"], means["R"] - means["H"]
+        parts.append(Part(halves, query, row))
+    return damping.choose(parts)
+
+
+def _spread(join: Join, group: Group, census: Census) -> np.ndarray:
+    """Embeddings of some of a group's examples, evenly spread over it: float32 [n, C·D]."""
+    step = -(-census.train_rows // _ROWS)
+    found, first = [], 0
+    for result in group.shards:
+        usable = joining.usable(result)
+        chosen = usable[-first % step :: step]
+        first += len(usable)
+        out = np.empty((len(chosen), join.numbers), np.float32)
+        if len(chosen):
+            joining.read_rows(join, runs.TRAIN, result.shard, chosen, out)
+        found.append(out)
+    return np.concatenate(found)
+
+
+def _chosen(census: Census, join: Join) -> Census:
+    chosen = choose_damping(join, census)
+    files.write_json(
+        join.damping_path,
+        {
+            "damping": chosen.damping,
+            "agreement": {f"{k:g}": value for k, value in chosen.agreement.items()},
+        },
+    )
+    return census
+
+
 class TakeSums(beam.DoFn):
     """(place of a checkpoint, group) → (place of the checkpoint, group), when its sums are kept."""
 
@@ -129,6 +182,8 @@ def _write(pair: tuple[int, Iterable[str]], census: Census, join: Join) -> int:
 class TakeCurvature(beam.PTransform):
     """The Census → the same, when the second moments of every checkpoint are on disk.
 
+    With them, where it is to be chosen, is the damping.
+
     Attributes:
       join: what is joined.
     """
@@ -144,8 +199,37 @@ class TakeCurvature(beam.PTransform):
             | "OfCheckpoint" >> beam.GroupByKey()
             | "WriteMeans" >> beam.Map(_write, beam.pvalue.AsSingleton(counted), self.join)
         )
-        return counted | "Ready" >> beam.Map(lambda census, _: census, beam.pvalue.AsList(done))
+        ready = counted | "Ready" >> beam.Map(lambda census, _: census, beam.pvalue.AsList(done))
+        if self.join.damping == "auto":
+            return ready | "ChooseDamping" >> beam.Map(_chosen, self.join)
+        return ready
 
     def _units(self, census: Census) -> list[tuple[int, Group]]:
         places = range(len(self.join.checkpoints))
         return [(place, group) for place in places for group in census.groups]
+
+
+@dataclasses.dataclass
+class StateDamping(beam.PTransform):
+    """What is made with a preconditioner → one dict for run.json, its "value" and "agreement".
+
+    Attributes:
+      join: what was joined.
+    """
+
+    join: Join
+
+    def expand(self, made: beam.PCollection) -> beam.PCollection:
+        return (
+            made.pipeline
+            | "Once" >> beam.Create([None])
+            | "State" >> beam.Map(_stated, self.join, beam.pvalue.AsList(made))
+        )
+
+
+def _stated(_: None, join: Join, made: object) -> dict[str, Any]:
+    del made  # which there is once the damping is chosen
+    stated = {"preconditioner": join.score.preconditioner, "value": join.chosen_damping}
+    if join.damping != "auto":
+        return stated
+    return {**stated, "agreement": files.read_json(join.damping_path)["agreement"]}

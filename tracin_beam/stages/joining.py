@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from tracin_beam.scoring import methods
 from tracin_beam.scoring.curvature import Curvature
 from tracin_beam.scoring.methods import Score
 from tracin_beam.stages.workers import EngineSource
-from tracin_beam.storage import arrays, embeddings, runs
+from tracin_beam.storage import arrays, embeddings, files, runs
 from tracin_beam.storage.runs import CheckpointFile, Output, Shard, ShardResult
 
 # Up to so many pairs of a training and a test example, all are scored exactly: that costs little
@@ -38,7 +39,7 @@ class Join:
       method: name of the score.
       numbers: in an embedding, over all checkpoints.
       block: queries that are computed together, with consecutive numbers.
-      damping: of the score's preconditioner.
+      damping: of the score's preconditioner; "auto" is what `damping_path` says.
     """
 
     output: Output
@@ -52,7 +53,7 @@ class Join:
     method: str
     numbers: int
     block: int
-    damping: float = 1.0
+    damping: float | Literal["auto"] = 1.0
 
     def files(self, set_name: str, shard: Shard) -> list[str]:
         """A shard's embedding files, by checkpoint."""
@@ -72,6 +73,19 @@ class Join:
         folder = self.checkpoints[place].folder
         return self.output.path("curvature", self.score.preconditioner, folder, "moments.npz")
 
+    @property
+    def damping_path(self) -> str:
+        """The file with the damping that was chosen for this test set."""
+        preconditioner = self.score.preconditioner
+        return self.output.path("curvature", preconditioner, f"damping-{self.test_name}.json")
+
+    @functools.cached_property
+    def chosen_damping(self) -> float:
+        """κ, once it is chosen."""
+        if self.damping == "auto":
+            return float(files.read_json(self.damping_path)["damping"])
+        return self.damping
+
     @functools.cached_property
     def _curvatures(self) -> dict[int, Curvature]:
         return {}
@@ -80,7 +94,7 @@ class Join:
         """The training set's second moments at the checkpoint of a place, once they are taken."""
         if place not in self._curvatures:
             means = arrays.read(self.moments(place))
-            self._curvatures[place] = Curvature(means, self.damping)
+            self._curvatures[place] = Curvature(means, self.chosen_damping)
         return self._curvatures[place]
 
     @functools.cached_property
@@ -89,7 +103,7 @@ class Join:
         if self.score.preconditioner == "none":
             return self.method
         train = sorted(self.units[shard.path] for shard in self.train)
-        return [self.method, self.damping, runs.digest(train)]
+        return [self.method, self.chosen_damping, runs.digest(train)]
 
     @functools.cached_property
     def train_number(self) -> dict[str, int]:

@@ -25,7 +25,7 @@ from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.search import Both, BothScored
 from tracin_beam.stages.workers import Loaded
 from tracin_beam.storage import records
-from tracin_beam.storage.runs import CheckpointFile
+from tracin_beam.storage.runs import CheckpointFile, ShardResult
 
 # Raw records held at a time.
 CHUNK_BYTES = 256 << 20
@@ -195,6 +195,12 @@ def records_at(path: str, positions: set[int]) -> Iterator[records.Record]:
             f"{path} changed since it was embedded: {len(positions) - found} of {len(positions)} "
             "records that were in it are not there any more. Run again."
         )
+
+
+def usable_records(result: ShardResult) -> Iterator[records.Record]:
+    """A shard's records that can be used, in their order."""
+    positions = set(joining.usable(result).tolist())
+    return records_at(result.shard.path, positions) if positions else iter(())
 
 
 def _chunks(join: Join, needed: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, list[bytes]]]:

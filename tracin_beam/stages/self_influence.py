@@ -2,17 +2,21 @@
 
 import dataclasses
 import inspect
+import itertools
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
 
 from tracin_beam._version import __version__
 from tracin_beam.signals import registry
 from tracin_beam.signals.registry import Rows, Signal, Statistic
+from tracin_beam.stages import curvature, index, joining, rescore
+from tracin_beam.stages.joining import Census, Join
 from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.storage import embeddings, files, marks, runs, sinks, tables
 from tracin_beam.storage.embeddings import Embeddings
@@ -138,20 +142,31 @@ class WriteSelfInfluence(beam.DoFn):
       output: the output directory.
       checkpoints: in training order.
       shards: fingerprint of every training shard's embeddings and their rates, by path, in order.
+      join: of the preconditioner, where there is one: the column `self_influence` is then
+        Σ_c weight_c ⟨g_c, T_c g_c⟩, of embeddings or gradients as the score is.
     """
 
     def __init__(
-        self, output: Output, checkpoints: Sequence[CheckpointFile], shards: Mapping[str, str]
+        self,
+        output: Output,
+        checkpoints: Sequence[CheckpointFile],
+        shards: Mapping[str, str],
+        join: Join | None = None,
     ) -> None:
         self._output = output
         self._checkpoints = list(checkpoints)
         self._fingerprints = dict(shards)
         self._numbers = {path: number for number, path in enumerate(shards)}
+        self._join = join
         self._counters = Counters("self_influence", *_COUNTED)
 
     def process(
-        self, result: ShardResult, statistics: Mapping[str, Any] = MappingProxyType({})
+        self,
+        result: ShardResult,
+        statistics: Mapping[str, Any] = MappingProxyType({}),
+        census: Census | None = None,
     ) -> Iterator[Made]:
+        del census  # which there is when the curvature is on disk
         tally = Tally()
         made = self._made(result, statistics, tally)
         self._counters.take(tally)
@@ -168,6 +183,7 @@ class WriteSelfInfluence(beam.DoFn):
                 result.excluded,
                 made_by(),
                 pickle.dumps(dict(statistics)).hex(),
+                *([self._join.score_identity] if self._join else []),
             ]
         )
         kept = marks.read(mark, output.root, fingerprint)
@@ -200,8 +216,10 @@ class WriteSelfInfluence(beam.DoFn):
         output = self._output
         paths = [output.embeddings(runs.TRAIN, c, result.shard) for c in self._checkpoints]
         waiting: list[pa.Table] = []
+        squares = _Squares(self._join, result) if self._join else None
         for parts in timed(embeddings.read_checkpoints(paths, result.excluded), tally, "read"):
             with tally.timed("compute"):
+                parts = squares.of(parts) if squares else parts
                 rows = table_of(parts, self._checkpoints, result.shard.path, statistics)
             waiting.append(rows)
             tally.add("records", len(rows))
@@ -213,25 +231,74 @@ class WriteSelfInfluence(beam.DoFn):
             yield pa.concat_tables(waiting)
 
 
+class _Squares:
+    """⟨g_c, T_c g_c⟩ in place of ‖g_c‖², of a shard's examples in their order."""
+
+    def __init__(self, join: Join, result: ShardResult) -> None:
+        self._join = join
+        self._found = rescore.usable_records(result)
+
+    def of(self, parts: Sequence[Embeddings]) -> list[Embeddings]:
+        if self._join.score.on_embeddings:
+            squares = [self._join.score.squares(c, part.embedding) for c, part in enumerate(parts)]
+        else:
+            squares = self._of_gradients(len(parts[-1]))
+        return [
+            dataclasses.replace(part, squared_norm=own)
+            for part, own in zip(parts, squares, strict=True)
+        ]
+
+    def _of_gradients(self, count: int) -> list[np.ndarray]:
+        loaded = self._join.source.get()
+        engine = loaded.engine
+        found: list[list[np.ndarray]] = [[] for _ in self._join.checkpoints]
+        while count:
+            some = list(itertools.islice(self._found, min(engine.batch_size, count)))
+            count -= len(some)
+            batch = loaded.parse([record.data for record in some])
+            for c, checkpoint in enumerate(self._join.checkpoints):
+                values = engine.values(checkpoint.path)
+                found[c].append(engine.quadratic(values, batch, self._join.score.parts(c)))
+        return [np.concatenate(own) for own in found]
+
+
 @dataclasses.dataclass
 class SelfInfluence(beam.PTransform):
     """Training ShardResults → (path, Stamp) of the self-influence tables.
 
-    Attributes: as of `WriteSelfInfluence`.
+    Attributes: as of `WriteSelfInfluence`, and
+      group_rows: training examples whose second moments are summed together.
     """
 
     output: Output
     checkpoints: Sequence[CheckpointFile]
     shards: Mapping[str, str]
+    join: Join | None = None
+    group_rows: int = 50_000
 
     def expand(self, results: beam.PCollection) -> beam.PCollection:
         spread = results | "SpreadResults" >> beam.Reshuffle()
-        write = WriteSelfInfluence(self.output, self.checkpoints, self.shards)
+        write = WriteSelfInfluence(self.output, self.checkpoints, self.shards, self.join)
+        known: dict[str, Any] = {}
+        if self.join:
+            counted = (
+                results.pipeline
+                | "Once" >> beam.Create([None])
+                | "Census" >> beam.Map(self._census, beam.pvalue.AsList(results))
+                | "Curvature" >> curvature.TakeCurvature(self.join)
+            )
+            known["census"] = beam.pvalue.AsSingleton(counted)
         if not registry.statistics_of(registry.every()):
-            return spread | "Write" >> beam.ParDo(write)
+            return spread | "Write" >> beam.ParDo(write, **known)
         statistics = (
             spread
             | "Summarise" >> beam.ParDo(Summarise(self.output, self.checkpoints))
             | "Statistics" >> beam.CombineGlobally(merged)
         )
-        return spread | "Write" >> beam.ParDo(write, beam.pvalue.AsSingleton(statistics))
+        known["statistics"] = beam.pvalue.AsSingleton(statistics)
+        return spread | "Write" >> beam.ParDo(write, **known)
+
+    def _census(self, _: None, train: Sequence[ShardResult]) -> Census:
+        assert self.join is not None
+        groups = index.planned_groups(self.join, train, self.group_rows)
+        return joining.take_census(self.join, groups, train, [], 0)

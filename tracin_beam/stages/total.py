@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from tracin_beam.gradients.engine import Queries
-from tracin_beam.stages import joining
 from tracin_beam.stages.joining import Join
 from tracin_beam.stages.metrics import Counters, Tally, timed
-from tracin_beam.stages.rescore import records_at
-from tracin_beam.storage import embeddings, files, marks, records, runs, sinks, tables
+from tracin_beam.stages.rescore import usable_records
+from tracin_beam.storage import embeddings, files, marks, runs, sinks, tables
 from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.runs import CheckpointFile, Made, ShardResult
 
@@ -88,15 +87,11 @@ def summed(join: Join, part: Part) -> np.ndarray:
     engine = loaded.engine
     values = engine.values(join.checkpoints[part.checkpoint].path)
     total = np.zeros(0)
-    every = itertools.chain.from_iterable(map(_usable_records, part.shards))
+    every = itertools.chain.from_iterable(map(usable_records, part.shards))
     while some := list(itertools.islice(every, engine.batch_size)):
         found = engine.summed(values, loaded.parse([r.data for r in some]), join.target)
         total = found + total if len(total) else found
     return total
-
-
-def _usable_records(result: ShardResult) -> Iterator[records.Record]:
-    return records_at(result.shard.path, set(joining.usable(result).tolist()))
 
 
 class SumGradients(beam.DoFn):
@@ -189,7 +184,7 @@ def rows_of(
             yield _table(parts[-1], by_checkpoint, examples, result.shard.path)
         return
     path = paths[-1]
-    found = timed(_usable_records(result), tally, "read")
+    found = timed(usable_records(result), tally, "read")
     for (part,) in embeddings.read_checkpoints([path], result.excluded):
         terms = []
         for start in range(0, len(part), size):
