@@ -376,6 +376,12 @@ class Config:
         jobs=("quality",),
         repeated=True,
     )
+    trusted: str = _flag(
+        "",
+        "Shards of --train or --test that are trusted to be right, in the same way: others are "
+        "compared with these.",
+        jobs=("quality",),
+    )
     to: str = _flag(
         "",
         "Folder for the cleaned shards, which --train never names.",

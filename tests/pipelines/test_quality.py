@@ -147,6 +147,32 @@ def test_duplicates(job):
     assert metrics["metrics"]["suspects.duplicate"] == 1
 
 
+def test_a_leak_and_what_is_trusted(job, capsys):
+    known = job.good("train")[20]
+    job.write("test-0.tfrecord", [*t.rows("test", 3, 100), known, known.but(id="again", y=0)])
+    flags = {**FLAGS, "test": job.path("test-*"), "date": "2026-11-22"}
+    assert job.run("quality", **flags, trusted=job.path("train-0*")) == 2
+    assert "8 examples" in capsys.readouterr().err
+    assert job.run("quality", **flags, trusted=job.path("train-[01]*")) == 0
+    signals, suspects, _ = night(job)
+    (leak,) = [r for r in suspects if r["kind"] == "leaked"]
+    assert (leak["id"], leak["supporting_ids"], leak["score"]) == (known.id, [known.id], 1)
+    wrong = {r["shard"] for r in suspects if r["kind"] == "mislabelled"}
+    assert wrong == {job.path("train-2.tfrecord")}
+    # Neighbours are trusted ones alone.
+    train = job.good("train")
+    x = np.stack([row.x for row in train]).astype(np.float64)
+    for i, row in enumerate(signals):
+        far = [np.linalg.norm(x[i] - x[j]) for j in range(16) if j != i]
+        # The gradient of the sum of the logits has x for each of three classes.
+        expected = np.sqrt(3) * np.mean(sorted(far)[:10])
+        assert row["neighbour_distance"] == pytest.approx(expected, rel=1e-4)
+    assert job.run("quality", **flags, trusted=job.path("test-*")) == 2
+    assert "5 examples" in capsys.readouterr().err
+    assert job.run("quality", **FLAGS, trusted=job.path("test-*")) == 2
+    assert "neither --train nor --test names" in capsys.readouterr().err
+
+
 def test_misuse(job, capsys):
     assert job.run("quality", date="yesterday", **FLAGS) == 2
     assert "--date=yesterday: give a date such as" in capsys.readouterr().err

@@ -21,6 +21,7 @@ class Site:
 
     folder: str
     kind: str = "classification"
+    trusted: tuple = ()
 
     def __post_init__(self):
         self.output = Output(self.folder)
@@ -57,8 +58,9 @@ def site(tmp_path):
 
 
 def search(site, shards):
-    for group in stage.grouped(site, shards):
-        assert list(stage.Search(site).process(group, shards)) == [s.shard.path for s in group]
+    for among, group in stage.grouped(site, shards):
+        found = stage.Search(site).process((among, group), shards)
+        assert list(found) == [s.shard.path for s in group]
 
 
 def check(site, shards):

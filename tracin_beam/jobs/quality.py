@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -20,7 +20,7 @@ from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
 from tracin_beam.signals import gates
 from tracin_beam.signals.gates import Gate
-from tracin_beam.storage import files, runs, sinks, tables, verdicts
+from tracin_beam.storage import files, patterns, runs, sinks, tables, verdicts
 from tracin_beam.storage.files import Stamp
 from tracin_beam.storage.runs import Made, Output, ShardResult
 
@@ -68,12 +68,32 @@ def _cohorts(run: Run) -> dict[str, str]:
     return trained.cohorts(run.train, files.home(run.config.checkpoints[0]), run.config.trained)
 
 
+def _trusted(run: Run) -> frozenset[str]:
+    """Paths of the shards that are trusted to be right.
+
+    Raises:
+      InputError: one is no shard of this run.
+    """
+    if not run.config.trusted:
+        return frozenset()
+    try:
+        found = {files.full(info.path) for info in patterns.match(run.config.trusted)}
+    except InputError as error:
+        raise InputError(f"--trusted: {error}") from None
+    if others := found - {shard.path for shard in (*run.train, *run.test)}:
+        raise InputError(
+            f"--trusted names {min(others)}, which neither --train nor --test names: give it there "
+            "as well."
+        )
+    return frozenset(found)
+
+
 def _data(run: Run) -> str:
     """A digest of all that a night's tables are made from, but for its date and the verdicts."""
     from tracin_beam.stages import quality
 
     parts = [run.shard_fingerprints, run.explicit_ids, run.config.max_rejected, run.kind]
-    return runs.digest([*parts, _cohorts(run), _VERSION, quality.VERSION])
+    return runs.digest([*parts, _cohorts(run), sorted(_trusted(run)), _VERSION, quality.VERSION])
 
 
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
@@ -106,7 +126,8 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     else:
         results = graphs.embed_stage(pipeline, run)
         units = {(u.shard.path, u.checkpoint.folder): u.fingerprint for u in run.units}
-        what = Night(run.output, run.source, run.checkpoints, units, kind, _cohorts(run))
+        trusted = _trusted(run)
+        what = Night(run.output, run.source, run.checkpoints, units, kind, _cohorts(run), trusted)
         parts, others = judge(results, what)
         made = (
             pipeline
@@ -114,7 +135,15 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
             | "WriteNight"
             >> beam.FlatMap(
                 lambda _, parts, others, results: write_night(
-                    run.output, date, dict(parts), others, conditions, kind, results, fingerprint
+                    run.output,
+                    date,
+                    dict(parts),
+                    others,
+                    conditions,
+                    kind,
+                    results,
+                    fingerprint,
+                    trusted,
                 ),
                 beam.pvalue.AsList(parts),
                 beam.pvalue.AsList(others),
@@ -133,6 +162,7 @@ def write_night(
     kind: str,
     results: Sequence[ShardResult],
     fingerprint: str,
+    trusted: Collection[str] = (),
 ) -> Iterator[Made]:
     """Writes all that lies in a night's folder, and keeps it for the next.
 
@@ -145,6 +175,7 @@ def write_night(
       kind: of the task.
       results: of embedding.
       fingerprint: as of `_data`.
+      trusted: paths of the shards whose labels are right.
 
     Yields:
       Path and stamp of each file.
@@ -162,9 +193,10 @@ def write_night(
     def looked_at() -> Iterator[pa.Table]:
         for piece in pieces():
             named.look(piece)
-            rows.extend(_mislabelled(piece, kind))
-            if kind == "classification":
-                wrong.update(_range(piece))
+            if len(piece) and piece["shard"][0].as_py() not in trusted:
+                rows.extend(_mislabelled(piece, kind))
+                if kind == "classification":
+                    wrong.update(_range(piece))
             yield piece
 
     path = output.path("quality", date, "signals.parquet")
@@ -337,6 +369,7 @@ def _made_by(run: Run) -> list[object]:
         reviewed,
         run.kind,
         _cohorts(run),
+        sorted(_trusted(run)),
         run.source.get().task.label_names,
     ]
 

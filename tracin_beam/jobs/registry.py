@@ -87,7 +87,6 @@ JOBS: dict[str, Job] = {
             "A night's tables of what is wrong with the training data: signals, suspects, gates.",
             (*_ALWAYS, "output"),
             "tracin_beam.jobs.quality",
-            uses_test=False,
         ),
         Job(
             "plan",

@@ -43,6 +43,7 @@ class Closeness:
       rate: float64 [n], at which false discovery rate that is a near-duplicate.
       dimension: of the data around an example.
       limit: the greatest ratio of near-duplicates; −1 if there are none.
+      count: k.
     """
 
     usual: np.ndarray
@@ -50,6 +51,7 @@ class Closeness:
     rate: np.ndarray
     dimension: float
     limit: float
+    count: int
 
 
 def closeness(nearest: np.ndarray, kth: np.ndarray, k: int) -> Closeness:
@@ -82,13 +84,38 @@ def closeness(nearest: np.ndarray, kth: np.ndarray, k: int) -> Closeness:
         near = ratio == 0
         rate = np.where(near, LEVEL, rate)
     limit = float(ratio[near].max()) if near.any() else -1.0
-    return Closeness(usual, ratio, rate, dimension, limit)
+    return Closeness(usual, ratio, rate, dimension, limit, k)
 
 
 def crowded(ratio: np.ndarray, dimension: float, others: float) -> np.ndarray:
     """Probability that the nearest of so many others is at this share of a ball or less: [n]."""
     inside = np.clip(ratio, 0, 1 - 1e-12) ** dimension
     return -np.expm1(others * np.log1p(-inside))
+
+
+def leaks(distance: np.ndarray, close: Closeness, tests: float) -> tuple[np.ndarray, np.ndarray]:
+    """How close each training example is to a test example, and at which false discovery rate.
+
+    Were the test examples of the same distribution, and others, some of them would lie within an
+    example's usual distance, by which the same model as for near-duplicates tells what is too near.
+
+    Args:
+      distance: float [n], to the nearest test example.
+      close: of the training examples.
+      tests: test examples for each training example.
+
+    Returns:
+      float64 [n] each; the ratio is by the usual distance, and the rate 1 where it is not near.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(close.usual > 0, distance / close.usual, 1.0)
+    if not close.dimension:
+        return ratio, np.ones(len(ratio))
+    if len(ratio) < FEWEST:
+        return ratio, np.where(ratio == 0, LEVEL, 1.0)
+    others = max(1.0, close.count * tests)
+    rate = adjusted(crowded(ratio, close.dimension, others))
+    return ratio, np.where(ratio <= _CLOSEST, rate, 1.0)
 
 
 def _dimension(ratio: np.ndarray, k: int) -> float:

@@ -8,16 +8,17 @@ each is compared with a sample of them (see `MOST_ROWS`).
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import apache_beam as beam
 import numpy as np
 
+from tracin_beam.errors import InputError
 from tracin_beam.scoring import sketch
 from tracin_beam.signals import neighbours, suspects
 from tracin_beam.signals.neighbours import COUNT, Around, Found, Nearest
-from tracin_beam.storage import arrays, features, files, marks, runs
+from tracin_beam.storage import arrays, embeddings, features, files, marks, runs, tables
 from tracin_beam.storage.runs import TRAIN, Output, ShardResult
 
 _VERSION = 1
@@ -44,8 +45,15 @@ class Site(Protocol):
     @property
     def kind(self) -> str: ...
 
+    @property
+    def trusted(self) -> Collection[str]:
+        """Paths of the shards that are trusted to be right."""
+
     def lookout(self, result: ShardResult) -> str:
         """The feature file in which neighbours are looked for."""
+
+    def embeddings(self, result: ShardResult) -> str:
+        """An embedding file of the shard."""
 
     def made_from(self, result: ShardResult) -> str:
         """A digest of what that file was made from."""
@@ -54,6 +62,18 @@ class Site(Protocol):
 def path_of(site: Site, result: ShardResult, among: str = TRAIN) -> str:
     """The neighbours of a shard's examples among the rows of a set."""
     return site.output.path("_state", "quality", "neighbours", among, result.shard.name + ".npz")
+
+
+TRUSTED = "train=trusted"  # among which rows: no test set has such a name
+
+
+def rows_of(site: Site, shards: Sequence[ShardResult], among: str) -> list[ShardResult]:
+    """The shards of a set: `runs.TRAIN`, `TRUSTED` or the name of a test set."""
+    if among == TRUSTED:
+        found = [one for one in shards if one.shard.path in site.trusted]
+    else:
+        found = [one for one in shards if one.set_name == among]
+    return sorted(found, key=lambda one: one.shard.path)
 
 
 def share_of(rows: int) -> float:
@@ -65,37 +85,48 @@ def in_share(hashes: np.ndarray, share: float) -> np.ndarray:
     return hashes <= np.uint64(min(share * 2.0**64, 2.0**64 - 2048)) if share < 1 else hashes >= 0
 
 
-def grouped(site: Site, shards: Sequence[ShardResult]) -> Iterator[list[ShardResult]]:
-    """Shards whose examples go through all rows together, in the order of paths."""
-    width = features.width(site.lookout(shards[0])) if shards else 0
-    group: list[ShardResult] = []
-    held = 0
-    for result in sorted(shards, key=lambda one: one.shard.path):
-        if group and (held + result.used) * width * 4 > _QUERY_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(result)
-        held += result.used
-    if group:
-        yield group
+def grouped(site: Site, shards: Sequence[ShardResult]) -> Iterator[tuple[str, list[ShardResult]]]:
+    """Shards whose examples go through all rows of a set together, with the set's name.
+
+    Training examples are compared with each other, with the test set and with what is trusted, and
+    what is trusted with itself.
+    """
+    train = rows_of(site, shards, TRAIN)
+    width = features.width(site.lookout(train[0])) if train else 0
+    tests = sorted({one.set_name for one in shards} - {TRAIN})
+    trusted = rows_of(site, shards, TRUSTED)
+    queries = dict.fromkeys((TRAIN, *tests), train)
+    if trusted:
+        queries[TRUSTED] = [*train, *(one for one in trusted if one.set_name != TRAIN)]
+    for among, results in queries.items():
+        group: list[ShardResult] = []
+        held = 0
+        for result in results:
+            if group and (held + result.used) * width * 4 > _QUERY_BYTES:
+                yield among, group
+                group, held = [], 0
+            group.append(result)
+            held += result.used
+        if group:
+            yield among, group
 
 
 class Search(beam.DoFn):
-    """[ShardResult] → path of each of these shards, once its neighbours are known."""
+    """What `grouped` yields → path of each of these shards, once its neighbours are known."""
 
-    def __init__(self, site: Site, among: str = TRAIN) -> None:
+    def __init__(self, site: Site) -> None:
         self._site = site
-        self._among = among
 
-    def process(self, group: Sequence[ShardResult], rows: Sequence[ShardResult]) -> Iterator[str]:
-        site, among = self._site, self._among
-        rows = sorted(rows, key=lambda one: one.shard.path)
+    def process(
+        self, pair: tuple[str, Sequence[ShardResult]], shards: Sequence[ShardResult]
+    ) -> Iterator[str]:
+        site, (among, group) = self._site, pair
+        rows = rows_of(site, shards, among)
         share = share_of(sum(one.used for one in rows))
         wanted = [runs.digest([site.made_from(one), share]) for one in rows]
         states = [_State.read(site, one, among) for one in group]
-        need = [set(wanted) != set(state.among) for state in states]
-        if any(need):
-            stale = [state for state, needed in zip(states, need, strict=True) if needed]
+        stale = [state for state in states if set(wanted) != set(state.among)]
+        if stale:
             _search(site, stale, rows, wanted, share)
             for state in stale:
                 state.write(site, among)
@@ -291,101 +322,179 @@ class _Whole:
         return np.where(found.shard >= 0, self.starts[found.shard] + found.row, -1)
 
 
-def look(
-    site: Site, shards: Sequence[ShardResult], tests: Sequence[ShardResult] = ()
-) -> Iterator[dict[str, Any]]:
-    """Writes the columns of neighbours of every shard, and finds who stands out.
+def look(site: Site, shards: Sequence[ShardResult]) -> Iterator[dict[str, Any]]:
+    """Writes the columns of neighbours of every training shard, and finds who stands out.
 
-    Holds some dozen bytes for each training example.
+    Holds some dozen bytes for each example.
 
     Args:
       site: where things are.
-      shards: of the training set, after `Search`.
-      tests: of the test set, after `Search` among them.
+      shards: of the training set and of the test set, after `Search`.
 
     Yields:
-      Suspects: rows of `suspects.parquet` with "shard" and "position", and instead of
-      "supporting_ids" "supporting", (shard, position) of training examples, where there are some.
+      Suspects: rows of `suspects.parquet` with "shard" and "position", and "supporting", (shard,
+      position) of training examples, where there are some; "supporting_ids" are of test examples.
+
+    Raises:
+      InputError: there are too few trusted examples to compare others with.
     """
-    whole = _gathered(site, shards)
+    train, trusted = rows_of(site, shards, TRAIN), rows_of(site, shards, TRUSTED)
+    whole = _gathered(site, train, TRAIN)
+    reference, among = whole, TRAIN
+    if trusted:
+        reference, among = _gathered(site, trusted, TRUSTED), TRUSTED
+        if len(reference.position) <= COUNT:
+            raise InputError(
+                f"--trusted: its shards have {len(reference.position)} examples that can be used; "
+                f"at least {COUNT + 1} are needed to compare others with."
+            )
     count = max(1, min(COUNT, len(whole.position) - 1))
     close = suspects.closeness(whole.nearest, whole.kth, count)
     tolerance = _tolerance(site, whole) if site.kind == "regression" else 0.0
-    outlying = np.full(len(whole.position), np.nan)
+    outlying, distance = np.full((2, len(whole.position)), np.nan)
     pairs = []
-    for at, found in _each(site, whole):
-        outlying[at] = _write_columns(site, whole, at, found)
+    for at, result in _spans(whole):
+        columns = _columns(site, whole.label[at], _read(site, result, among), reference)
+        arrays.write(columns_of(site, result), columns)
+        outlying[at], distance[at] = (
+            columns["neighbour_outlyingness"],
+            columns["neighbour_distance"],
+        )
+        found = _read(site, result, TRAIN)
         near = found.distance <= close.limit * close.usual[at, None]
         one, other = np.nonzero(near & (found.shard >= 0))
         pairs.append((at.start + one, whole.places(found)[one, other], found.distance[one, other]))
-    yield from _same(whole, close, pairs, tolerance)
-    rates = suspects.outlier_rates(whole.mean.astype(np.float64), outlying)
-    typical = float(np.median(whole.mean))
+    right = set(site.trusted)
+    for suspect in (
+        *_same(whole, close, pairs, tolerance),
+        *_outliers(whole, distance, outlying),
+        *_shifts(site, whole),
+    ):
+        if suspect["kind"] == "duplicate" or suspect["shard"] not in right:
+            yield suspect
+    for name in sorted({one.set_name for one in shards} - {TRAIN}):
+        yield from _leaked(site, whole, close, rows_of(site, shards, name), name)
+
+
+def _outliers(
+    whole: _Whole, distance: np.ndarray, outlying: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    rates = suspects.outlier_rates(distance, outlying)
+    typical = float(np.median(distance))
     for i in np.flatnonzero(rates <= suspects.OUTLIER_LEVEL).tolist():
         shard, position = whole.place(i)
         yield {
             "kind": "outlier",
             "shard": shard,
             "position": position,
-            "score": float(1 - 1 / max(outlying[i], whole.mean[i] / typical, 1)),
+            "score": float(1 - 1 / max(outlying[i], distance[i] / typical, 1)),
             "confidence": float(1 - rates[i]),
         }
-    yield from _shifts(site, whole)
 
 
-def _gathered(site: Site, shards: Sequence[ShardResult]) -> _Whole:
-    shards = sorted(shards, key=lambda one: one.shard.path)
+def _leaked(
+    site: Site,
+    whole: _Whole,
+    close: suspects.Closeness,
+    tests: Sequence[ShardResult],
+    among: str,
+) -> Iterator[dict[str, Any]]:
+    """Training examples that are, to the byte or nearly, in the test set as well."""
+    known = [_described(site, result) for result in tests]
+    content = np.concatenate([one[2] for one in known])
+    starts = np.cumsum([0, *(len(one[2]) for one in known)])
+    # By content, wherever the other is; near ones by the nearest.
+    order = np.argsort(content, kind="stable")
+    at = np.minimum(np.searchsorted(content[order], whole.content), len(content) - 1)
+    same: np.ndarray = content[order][at] == whole.content
+    found = [_read(site, result, among).first(1) for result in whole.shards]
+    distance = np.concatenate([one.distance[:, 0] for one in found])
+    other = np.concatenate([starts[one.shard[:, 0]] + one.row[:, 0] for one in found])
+    ratio, rate = suspects.leaks(distance, close, len(content) / len(whole.position))
+    ratio, rate = np.where(same, 0, ratio), np.where(same, 0, rate)
+    other = np.where(same, order[at], other)
+    named: dict[int, dict[int, str]] = {}
+    mine = np.flatnonzero(rate <= suspects.LEVEL)
+    of = np.searchsorted(starts, other, side="right") - 1
+    for shard in np.unique(of[mine]).tolist():
+        rows = other[mine][of[mine] == shard] - starts[shard]
+        path = site.embeddings(tests[shard])
+        kept = embeddings.read_at(path, known[shard][1][rows])
+        named[shard] = dict(zip(kept.position.tolist(), map(tables.text, kept.ids), strict=True))
+    for i in mine.tolist():
+        shard, position = whole.place(i)
+        test = int(of[i])
+        yield {
+            "kind": "leaked",
+            "shard": shard,
+            "position": position,
+            "score": 1.0 if same[i] else min(1 - float(ratio[i]), 0.999),
+            "confidence": float(1 - rate[i]),
+            "supporting_ids": [named[test][int(known[test][1][other[i] - starts[test]])]],
+        }
 
+
+def _described(site: Site, result: ShardResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, positions and contents of a shard's examples."""
+    pieces = list(features.read(site.lookout(result), columns=("labels", "content_hash")))
+    return (
+        np.concatenate([p.labels for p in pieces]),
+        np.concatenate([p.position for p in pieces]),
+        np.concatenate([features.short_hashes(p.content_hash) for p in pieces]),
+    )
+
+
+def _gathered(site: Site, shards: Sequence[ShardResult], among: str) -> _Whole:
     def described(result: ShardResult) -> tuple[np.ndarray, ...]:
-        names = ("labels", "content_hash")
-        pieces = list(features.read(site.lookout(result), columns=names))
-        kept = arrays.read(path_of(site, result))["distance"][:, :COUNT]
-        there = np.where(np.isfinite(kept), kept, np.nan)
+        kept = _read(site, result, among).distance
+        finite = np.isfinite(kept)
         # The last of them, where there are fewer than are wanted.
-        last = np.maximum(np.isfinite(kept).sum(axis=1) - 1, 0)
-        return (
-            np.concatenate([p.labels for p in pieces]),
-            np.concatenate([p.position for p in pieces]),
-            np.concatenate([features.short_hashes(p.content_hash) for p in pieces]),
-            kept[:, 0],
-            np.take_along_axis(kept, last[:, None], axis=1)[:, 0],
-            np.nanmean(there, axis=1) if there.size else kept[:, 0],
-        )
+        last = np.maximum(finite.sum(axis=1) - 1, 0)
+        total = np.where(finite, kept, 0).sum(axis=1)
+        mean = np.where(finite[:, 0], total / np.maximum(finite.sum(axis=1), 1), np.inf)
+        kth = np.take_along_axis(kept, last[:, None], axis=1)[:, 0]
+        return (*_described(site, result), kept[:, 0], kth, mean)
 
-    shards = [result for result in shards if result.used]
     found = files.in_parallel(described, shards)
     starts = np.cumsum([0, *(len(one[1]) for one in found)])
-    return _Whole(shards, starts, *(np.concatenate(column) for column in zip(*found, strict=True)))
+    columns = (np.concatenate(column) for column in zip(*found, strict=True))
+    return _Whole(list(shards), starts, *columns)
 
 
-def _each(site: Site, whole: _Whole) -> Iterator[tuple[slice, Found]]:
-    """The neighbours of every shard's examples."""
-    for number, result in enumerate(whole.shards):
-        kept = arrays.read(path_of(site, result))
-        found = Found(kept["shard"], kept["row"], kept["distance"]).first(COUNT)
-        yield slice(int(whole.starts[number]), int(whole.starts[number + 1])), found
+def _spans(whole: _Whole) -> Iterator[tuple[slice, ShardResult]]:
+    """Where every shard's examples are."""
+    for result, (start, end) in zip(whole.shards, itertools.pairwise(whole.starts), strict=True):
+        yield slice(int(start), int(end)), result
 
 
-def _write_columns(site: Site, whole: _Whole, at: slice, found: Found) -> np.ndarray:
-    """Writes a shard's columns, and gives its examples' outlyingness."""
-    k = max(1, int((found.shard >= 0).all(axis=0).sum()))
-    found = found.first(k)
-    places = whole.places(found)
-    label = whole.label if site.kind == "multilabel" else whole.label[:, 0]
-    around = Around(label[at], label[places], found.distance, whole.mean[places])
+def _read(site: Site, result: ShardResult, among: str) -> Found:
+    """The neighbours of a shard's examples."""
+    kept = arrays.read(path_of(site, result, among))
+    return Found(kept["shard"], kept["row"], kept["distance"]).first(COUNT)
+
+
+def _columns(
+    site: Site, label: np.ndarray, found: Found, reference: _Whole
+) -> dict[str, np.ndarray]:
+    """The columns of a shard's examples with these labels."""
+    found = found.first(max(1, int((found.shard >= 0).all(axis=0).sum())))
+    places = reference.places(found)
+    labels = reference.label[places]
+    if site.kind != "multilabel":
+        label, labels = label[:, 0], labels[:, :, 0]
+    around = Around(label, labels, found.distance, reference.mean[places])
     columns = {name: function(around) for name, function in neighbours.COLUMNS.items()}
     if site.kind == "regression":
         columns["neighbour_agreement"][:] = np.nan
-    result = whole.shards[int(np.searchsorted(whole.starts, at.start, side="right")) - 1]
-    arrays.write(columns_of(site, result), columns)
-    return columns["neighbour_outlyingness"]
+    return columns
 
 
 def _tolerance(site: Site, whole: _Whole) -> float:
     """Between targets of examples that are alike: thrice what is usual between nearest others."""
     differences = [
         np.abs(whole.label[at] - whole.label[whole.places(found)[:, 0]])
-        for at, found in _each(site, whole)
+        for at, result in _spans(whole)
+        for found in [_read(site, result, TRAIN)]
     ]
     known = np.concatenate(differences)
     known = known[np.isfinite(known)]
@@ -467,7 +576,7 @@ def read_columns(site: Site, result: ShardResult) -> Mapping[str, np.ndarray]:
 
 
 class Neighbours(beam.PTransform):
-    """Training ShardResults → suspects, once the columns of all shards are written; see `look`."""
+    """ShardResults of both sets → suspects (see `look`), once the columns are written."""
 
     def __init__(self, site: Site) -> None:
         self._site = site

@@ -79,6 +79,7 @@ class Night:
         of the checkpoint.
       kind: of the task: "classification", "multilabel" or "regression".
       cohorts: "trained", "new" or "unknown", by the path of the shard; see `inputs.trained`.
+      trusted: paths of the shards that are trusted to be right.
     """
 
     output: Output
@@ -87,6 +88,7 @@ class Night:
     units: Mapping[tuple[str, str], str]
     kind: str
     cohorts: Mapping[str, str]
+    trusted: frozenset[str] = frozenset()
 
     @property
     def places(self) -> list[int]:
@@ -105,6 +107,20 @@ class Night:
     def lookout(self, result: ShardResult) -> str:
         """The feature file in which neighbours are looked for: the last that has φ."""
         return self.features(self.places[-1], result)
+
+    def embeddings(self, result: ShardResult) -> str:
+        """An embedding file of the shard."""
+        return self.output.embeddings(result.set_name, self.checkpoints[0], result.shard)
+
+    def described(self, result: ShardResult) -> list[int]:
+        """The checkpoints at which a shard is described: a test shard for its neighbours alone."""
+        if self.is_judged_by(result):
+            return list(range(len(self.checkpoints)))
+        return [self.places[-1]]
+
+    def is_judged_by(self, result: ShardResult) -> bool:
+        """Whether a shard's labels tell of others': the training set's, and what is trusted."""
+        return result.set_name == TRAIN or result.shard.path in self.trusted
 
     def made_from(self, result: ShardResult) -> str:
         """A digest of what that file was made from."""
@@ -129,7 +145,7 @@ class Night:
 
     def read(self, result: ShardResult) -> Iterator[tuple[list[Embeddings], list[Features]]]:
         """The rows of a shard at all checkpoints, some at a time."""
-        paths = [self.output.embeddings(TRAIN, c, result.shard) for c in self.checkpoints]
+        paths = [self.output.embeddings(result.set_name, c, result.shard) for c in self.checkpoints]
         described = [
             features.read(self.features(place, result)) for place in range(len(self.checkpoints))
         ]
@@ -345,8 +361,10 @@ def _read_fits(fits: Mapping[int, str]) -> dict[int, ridge.Fitted]:
 
 def judged(
     result: ShardResult, night: Night, fits: Mapping[int, str]
-) -> Iterator[tuple[tuple[int, str], np.ndarray]]:
-    """What tells the best λ and temperature of a checkpoint: float64 [L, 2 + T], by cohort too.
+) -> Iterator[tuple[tuple[int, str, bool], np.ndarray]]:
+    """What tells the best λ and temperature of a checkpoint: float64 [L, 2 + T].
+
+    By cohort, and whether the examples are trusted, too.
 
     A row for each λ: the examples, the summed squared leave-one-out error, and log-likelihoods by
     temperature.
@@ -366,23 +384,29 @@ def judged(
                 lines.append([len(y), np.square(output - y).sum(), *likely])
             found[place] = found.get(place, 0) + np.array(lines)
     for place, table in found.items():
-        yield (place, night.cohorts[result.shard.path]), table
+        path = result.shard.path
+        yield (place, night.cohorts.get(path, "new"), path in night.trusted), table
 
 
 def choices(
-    judged: Mapping[tuple[int, str], np.ndarray], cohort: str
+    judged: Mapping[tuple[int, str, bool], np.ndarray], cohort: str
 ) -> dict[int, tuple[int, float, float]]:
     """λ's place, temperature and mean squared error for a cohort, by place of the checkpoint.
 
     λ is that of all examples. The others are the cohort's own where it has some hundred examples:
-    features that an example's label has had a part in fit it better than those of a new one.
+    features that an example's label has had a part in fit it better than those of a new one. Where
+    as many are trusted to be right, these alone choose.
     """
     found = {}
-    for place in sorted({place for place, _ in judged}):
-        whole = np.sum([table for (of, _), table in judged.items() if of == place], axis=0)
+    for place in sorted({place for place, _, _ in judged}):
+        of = {key[1:]: table for key, table in judged.items() if key[0] == place}
+        trusted = {key: table for key, table in of.items() if key[1]}
+        if sum(table[0, 0] for table in trusted.values()) >= _ENOUGH:
+            of = trusted
+        whole = np.sum(list(of.values()), axis=0)
         best = int(whole[:, 1].argmin())
-        own = judged.get((place, cohort))
-        count, error, *likely = (whole if own is None or own[0, 0] < _ENOUGH else own)[best]
+        own = np.sum([table for (own, _), table in of.items() if own == cohort], axis=0)
+        count, error, *likely = (own if np.ndim(own) and own[0, 0] >= _ENOUGH else whole)[best]
         warmth = ridge.TEMPERATURES[int(np.argmax(likely))]
         found[place] = best, warmth, error / count
     return found
@@ -480,7 +504,7 @@ class WriteSignals(beam.DoFn):
         self,
         result: ShardResult,
         fits: Mapping[int, str],
-        judged: Mapping[tuple[int, str], np.ndarray],
+        judged: Mapping[tuple[int, str, bool], np.ndarray],
         suspects: Sequence[Mapping[str, Any]],
     ) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
         night, ridges, summaries = self._night, _read_fits(fits), []
@@ -526,9 +550,9 @@ def duplicates(group: tuple[bytes, Iterable[dict]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def at_checkpoints(result: ShardResult, count: int) -> Iterator[tuple[int, ShardResult]]:
-    """A shard's result for each place of a checkpoint."""
-    for place in range(count):
+def at_checkpoints(result: ShardResult, night: Night) -> Iterator[tuple[int, ShardResult]]:
+    """A shard's result for each place of a checkpoint at which it is described."""
+    for place in night.described(result):
         yield place, result
 
 
@@ -538,16 +562,17 @@ def any_of(group: tuple[str, Iterable[ShardResult]]) -> ShardResult:
 
 
 def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, beam.PCollection]:
-    """Training ShardResults → what `WriteSignals` yields, and suspects of other kinds."""
-    shards = (
+    """ShardResults of both sets → what `WriteSignals` yields, and suspects of other kinds."""
+    every = (
         results
         | "Used" >> beam.Filter(lambda result: result.used > 0)
-        | "Checkpoints" >> beam.FlatMap(at_checkpoints, len(night.checkpoints))
+        | "Checkpoints" >> beam.FlatMap(at_checkpoints, night)
         | "SpreadFeatures" >> beam.Reshuffle()
         | "Features" >> beam.ParDo(WriteFeatures(night))
         | "ByShardOfFeatures" >> beam.GroupByKey()
         | "Shards" >> beam.Map(any_of)
     )
+    shards = every | "Judging" >> beam.Filter(night.is_judged_by)
     fits = (
         shards
         | "Sums" >> beam.Map(summed, night)
@@ -560,8 +585,9 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
         | "Judge" >> beam.FlatMap(judged, night, beam.pvalue.AsDict(fits))
         | "AddTables" >> beam.CombinePerKey(_added)
     )
-    suspects = shards | "Neighbours" >> around.Neighbours(night)
-    parts = shards | "Signals" >> beam.ParDo(
+    suspects = every | "Neighbours" >> around.Neighbours(night)
+    judged_ones = every | "Training" >> beam.Filter(lambda result: result.set_name == TRAIN)
+    parts = judged_ones | "Signals" >> beam.ParDo(
         WriteSignals(night),
         beam.pvalue.AsDict(fits),
         beam.pvalue.AsDict(tables_of_judged),
