@@ -46,7 +46,7 @@ class Site:
         return result
 
     def lookout(self, result):
-        return self.output.features(result.set_name, 1, result.shard)
+        return self.output.path("features", result.set_name, result.shard.name + ".parquet")
 
     def made_from(self, result):
         return f"{result.shard.name}-{result.shard.identity}"[:16]
