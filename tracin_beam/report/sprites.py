@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from tracin_beam.storage import files
+
 SIDES = (256, 128, 96, 64, 48, 32, 24, 16)  # pixels, to which pictures may be scaled down
 _QUALITIES = (85, 70, 60, 50, 40, 30, 15, 5)
 _GRID = 16  # pixels of WebP's blocks: tiles that share none do not bleed into one another
@@ -56,7 +58,7 @@ def fitting(pictures: Sequence[np.ndarray], budget: int) -> Sprites | None:
                 continue
             if len(pictures) > 2 * len(sample):
                 expected = made(sample, side, quality).size * len(pictures) / len(sample)
-                if expected > 1.1 * budget:
+                if expected > budget:
                     continue
             found = made(pictures, side, quality)
             if found.size <= budget:
@@ -73,8 +75,8 @@ def made(pictures: Sequence[np.ndarray], side: int, quality: int) -> Sprites:
     color = any(tile.ndim == 3 for tile in tiles)
     alpha = any(tile.ndim == 3 and tile.shape[2] == 4 for tile in tiles)
     mode = "RGBA" if alpha else "RGB" if color else "L"
-    files: list[bytes] = []
     boxes: list[tuple[int, ...]] = []
+    sheets = []
     for start in range(0, len(tiles), at_once):
         some = tiles[start : start + at_once]
         wide, high = min(columns, len(some)), -(-len(some) // columns)
@@ -85,11 +87,16 @@ def made(pictures: Sequence[np.ndarray], side: int, quality: int) -> Sprites:
             height, width = tile.shape[:2]
             beyond = [(0, cell - height), (0, cell - width), (0, 0)][: tile.ndim]
             sheet.paste(Image.fromarray(np.pad(tile, beyond, "edge")).convert(mode), (left, top))
-            boxes.append((len(files), left, top, width, height))
-        content = io.BytesIO()
-        sheet.save(content, "WEBP", quality=quality, method=4)
-        files.append(content.getvalue())
-    return Sprites(tuple(files), np.array(boxes, np.int32), side, quality)
+            boxes.append((len(sheets), left, top, width, height))
+        sheets.append(sheet)
+    encoded = files.in_parallel(lambda sheet: _webp(sheet, quality), sheets)
+    return Sprites(tuple(encoded), np.array(boxes, np.int32), side, quality)
+
+
+def _webp(sheet: Image.Image, quality: int) -> bytes:
+    content = io.BytesIO()
+    sheet.save(content, "WEBP", quality=quality, method=4)
+    return content.getvalue()
 
 
 def shrunk(picture: np.ndarray, side: int) -> np.ndarray:

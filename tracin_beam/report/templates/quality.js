@@ -352,7 +352,6 @@
     if (passes) filters[name] = passes;
     else delete filters[name];
     apply(name);
-    refresh();
   }
 
   function apply(name) {
@@ -374,7 +373,6 @@
     const at = list.indexOf(before);
     $("list").scrollTop = 0;
     select(at >= 0 ? at : list.length ? 0 : -1);
-    renderRows(true);
   }
 
   const drawings = [];
@@ -390,6 +388,7 @@
       const values = Float64Array.from(order, value);
       order.sort((a, b) => (values[a] < values[b] ? -1 : values[a] > values[b] ? 1 : a - b));
     }
+    active = -1; // the first in the new order is what is wanted
     refresh();
   }
 
@@ -418,7 +417,10 @@
       const wanted = control.value === "" ? undefined : options[Number(control.value)][0];
       setFilter(name, wanted === undefined ? null : (row) => Object.is(valueOf(row), wanted));
     };
-    control.addEventListener("change", changed);
+    control.addEventListener("change", () => {
+      changed();
+      refresh();
+    });
     const chosen = () => (control.value === "" ? undefined : options[Number(control.value)][0]);
     choosers.set(name, { choose, chosen, reset: () => { control.value = ""; control.removeAttribute("data-set"); } });
     $("selects").append(el("label", {}, title + " ", control));
@@ -448,6 +450,7 @@
       });
     }
     setFilter("search", words.length ? (row) => words.every((word) => texts[row].includes(word)) : null);
+    refresh();
   }
 
   // ---- Plots
@@ -455,12 +458,20 @@
   // A grid of cells with a cursor that arrow keys move; Enter and a click pick one.
   function grid(picture, columns, rows, describe, pick) {
     let at = 0;
-    const cursor = svg("rect", { class: "cursor", width: 1, height: 1, visibility: "hidden" });
+    const title = svg("title", {});
+    const cursor = svg("rect", { class: "cursor", width: 1, height: 100 / rows, visibility: "hidden" });
     const show = (visible) => {
       cursor.setAttribute("x", Math.floor(at / rows));
-      cursor.setAttribute("y", rows - 1 - (at % rows));
+      cursor.setAttribute("y", ((rows - 1 - (at % rows)) * 100) / rows);
       cursor.setAttribute("visibility", visible ? "visible" : "hidden");
+      picture.setAttribute("aria-valuenow", String(at));
       picture.setAttribute("aria-valuetext", describe(at));
+    };
+    const place = (event) => {
+      const box = picture.getBoundingClientRect();
+      const share = (from, size, cells) => Math.min(cells - 1, Math.max(0, Math.floor((from / size) * cells)));
+      const x = share(event.clientX - box.left, box.width, columns);
+      return x * rows + rows - 1 - share(event.clientY - box.top, box.height, rows);
     };
     picture.setAttribute("tabindex", "0");
     picture.setAttribute("role", "slider");
@@ -473,19 +484,18 @@
       if (event.key === "Enter" || event.key === " ") pick(at, event.shiftKey);
       else if (move && at + move >= 0 && at + move < columns * rows) at += move;
       else if (!move) return;
-      picture.setAttribute("aria-valuenow", String(at));
       show(true);
       event.preventDefault();
       event.stopPropagation();
     });
     picture.addEventListener("click", (event) => {
-      const box = picture.getBoundingClientRect();
-      const x = Math.min(columns - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * columns)));
-      const y = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * rows)));
-      at = x * rows + (rows - 1 - y);
-      picture.setAttribute("aria-valuenow", String(at));
+      at = place(event);
       pick(at, event.shiftKey);
     });
+    picture.addEventListener("pointermove", (event) => {
+      title.textContent = describe(place(event));
+    });
+    picture.prepend(title);
     picture.append(cursor);
   }
 
@@ -509,19 +519,12 @@
     picture.append(...bars);
     const counts = new Uint32Array(bins);
     const describe = (i) => `${number(edges[i])} to ${number(edges[i + 1])}: ${counts[i]} suspects`;
-    const hits = edges.slice(1).map((_, i) => {
-      const hit = svg("rect", { class: "hit", x: i, y: 0, width: 1, height: 100 });
-      hit.append(svg("title", {}));
-      return hit;
-    });
-    picture.append(...hits);
-    // Cells are as high as the picture: the cursor is stretched.
     grid(picture, bins, 1, describe, (i, extend) => {
       if (range && extend) range = [Math.min(range[0], i), Math.max(range[1], i)];
       else range = range && range[0] === i && range[1] === i ? null : [i, i];
       setFilter(filter, range && ((row) => bin[row] >= range[0] && bin[row] <= range[1]));
+      refresh();
     });
-    picture.lastChild.setAttribute("height", "100");
     const bit = bitOf(filter);
     drawings.push(() => {
       if (!filters[filter]) range = null;
@@ -535,7 +538,6 @@
         bar.setAttribute("y", 100 - height);
         bar.setAttribute("height", height);
         bar.setAttribute("class", !range || (i >= range[0] && i <= range[1]) ? (range ? "on" : "bar") : "bar out");
-        hits[i].firstChild.textContent = describe(i);
       });
       caption.textContent = range
         ? `${number(edges[range[0]])} to ${number(edges[range[1] + 1])}`
@@ -554,14 +556,13 @@
     const bit = bitOf(filter);
     const counts = new Uint32Array(columns * rows);
     let picked = -1;
-    const picture = svg("svg", { viewBox: `0 0 ${columns} ${rows}`, preserveAspectRatio: "none", "aria-label": `${words(curve.name)} by checkpoint: filter by a checkpoint and a range` });
-    const cells = Array.from(counts, (_, i) => {
-      const cell = svg("rect", { class: "cell", x: Math.floor(i / rows), y: rows - 1 - (i % rows), width: 1, height: 1 });
-      cell.append(svg("title", {}));
-      return cell;
-    });
+    const picture = svg("svg", { viewBox: `0 0 ${columns} 100`, preserveAspectRatio: "none", "aria-label": `${words(curve.name)} by checkpoint: filter by a checkpoint and a range` });
+    const high = 100 / rows;
+    const top = (i) => (rows - 1 - (i % rows)) * high;
+    const cells = Array.from(counts, (_, i) =>
+      svg("rect", { class: "cell", x: Math.floor(i / rows), y: top(i), width: 1, height: high }));
     const own = svg("polyline", { class: "own", points: "" });
-    const mark = svg("rect", { class: "picked", width: 1, height: 1, visibility: "hidden" });
+    const mark = svg("rect", { class: "picked", width: 1, height: high, visibility: "hidden" });
     picture.append(...cells, own, mark);
     const describe = (i) => {
       const [c, r] = [Math.floor(i / rows), i % rows];
@@ -571,8 +572,9 @@
       picked = picked === i ? -1 : i;
       const [c, r] = [Math.floor(i / rows), i % rows];
       setFilter(filter, picked < 0 ? null : (row) => bin[row * columns + c] === r);
+      refresh();
     });
-    const draw = () => {
+    drawings.push(() => {
       if (!filters[filter]) picked = -1;
       counts.fill(0);
       for (let row = 0; row < count; row++) {
@@ -582,21 +584,19 @@
           if (r !== 255) counts[c * rows + r]++;
         }
       }
-      const top = Math.max(...counts, 1);
+      const most = Math.max(...counts, 1);
       cells.forEach((cell, i) => {
-        cell.setAttribute("fill-opacity", counts[i] ? (0.12 + 0.88 * Math.sqrt(counts[i] / top)).toFixed(3) : "0.03");
-        cell.firstChild.textContent = describe(i);
+        cell.setAttribute("fill-opacity", counts[i] ? (0.12 + 0.88 * Math.sqrt(counts[i] / most)).toFixed(3) : "0.03");
       });
       mark.setAttribute("visibility", picked < 0 ? "hidden" : "visible");
       mark.setAttribute("x", Math.floor(picked / rows));
-      mark.setAttribute("y", rows - 1 - (picked % rows));
-    };
-    drawings.push(draw);
+      mark.setAttribute("y", top(Math.max(picked, 0)));
+    });
     selections.push((row) => {
       const points = [];
       for (let c = 0; row >= 0 && c < columns; c++) {
         const r = bin[row * columns + c];
-        if (r !== 255) points.push(`${c + 0.5},${rows - r - 0.5}`);
+        if (r !== 255) points.push(`${c + 0.5},${(rows - r - 0.5) * high}`);
       }
       own.setAttribute("points", points.join(" "));
     });
@@ -625,11 +625,12 @@
       const same = Object.is(one.chosen(), g) && Object.is(other.chosen(), s);
       one.choose(same ? undefined : g);
       other.choose(same ? undefined : s);
+      refresh();
     };
     const body = top.map((g, i) =>
       el("tr", {}, el("th", { scope: "row", text: labelText(g), title: labelText(g) }),
         ...top.map((s, j) => {
-          cells[i][j] = el("button", { type: "button", onclick: () => pick(g, s) });
+          cells[i][j] = el("button", { type: "button", text: "·", "aria-label": `given ${labelText(g)}, suggested ${labelText(s)}: 0`, onclick: () => pick(g, s) });
           return el("td", {}, cells[i][j]);
         })));
     drawings.push(() => {
@@ -643,10 +644,12 @@
       const [g, s] = [choosers.get("given").chosen(), choosers.get("suggested").chosen()];
       cells.forEach((line, i) => line.forEach((cell, j) => {
         const n = sums[i * size + j];
-        cell.textContent = n || "·";
+        if (cell.textContent !== String(n || "·")) {
+          cell.textContent = n || "·";
+          cell.setAttribute("aria-label", `given ${labelText(top[i])}, suggested ${labelText(top[j])}: ${n}`);
+        }
         cell.setAttribute("data-heat", n ? Math.ceil((4 * n) / most) : 0);
         cell.setAttribute("aria-pressed", String(Object.is(g, top[i]) && Object.is(s, top[j])));
-        cell.setAttribute("aria-label", `given ${labelText(top[i])}, suggested ${labelText(top[j])}: ${n}`);
       }));
     });
     const more = counts.size > size ? `, the ${size} most frequent of ${counts.size}` : "";
@@ -868,7 +871,7 @@
   let waiting = 0;
   $("search").addEventListener("input", () => {
     clearTimeout(waiting);
-    waiting = setTimeout(search, 80);
+    waiting = setTimeout(search, 30);
   });
   $("sort").append(el("option", { value: "", text: "order of the night" }),
     ...header.signals.map((signal) => el("option", { value: signal.name, text: words(signal.name) })));
