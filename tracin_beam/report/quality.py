@@ -444,7 +444,11 @@ def _bins(values: np.ndarray, everywhere: np.ndarray | None, count: int = _BINS)
     else:
         if least >= 0 and most <= 1 and high - low > 0.3:
             low, high = 0.0, 1.0
-        edges = np.linspace(low, high if high > low else low + abs(low) / 2 + 1, count + 1)
+        if high <= low:
+            high = low + abs(low) / 2 + 1
+        # Bins narrower than what float16 tells apart would have gaps.
+        low = min(low, high - count * max(abs(low), abs(high)) / 1024)
+        edges = np.linspace(low, high, count + 1)
     at = (np.searchsorted(edges, all_values, side="right") - 1).clip(0, count - 1)
     everyone = np.bincount(at, counts, minlength=count).astype(int).tolist() if len(at) else []
     return {"edges": edges.tolist(), "log": log, "everywhere": everyone}
@@ -525,7 +529,10 @@ def _night(night: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> di
         "numbers": numbers,
         "metrics": metrics,
         "changes": {k: v for k, v in (night.get("changes") or {}).items() if _is_number(v)},
-        "gates": night.get("gates") or [],
+        "gates": sorted(
+            night.get("gates") or [],
+            key=lambda gate: (not gate["fired"], gate["level"] != "error"),
+        ),
         "shards": [
             (words.shown(path), {name: _written(shards[path].get(name)) for name in columns})
             for path in order

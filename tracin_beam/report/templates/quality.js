@@ -42,7 +42,8 @@
     const size = Math.abs(value);
     if (size < 1e-3 || size >= 1e7) return value.toExponential(2).replace("-", "−");
     const digits = Math.max(0, 2 - Math.floor(Math.log10(size)));
-    return value.toFixed(digits).replace("-", "−");
+    const text = value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    return text.replace("-", "−");
   }
 
   // ---- What is packed, see packed.py.
@@ -600,11 +601,11 @@
       }
       own.setAttribute("points", points.join(" "));
     });
-    const steps = el("div", { class: "ends", "aria-hidden": "true" },
-      el("span", { text: `step ${curve.steps[0]}` }), el("span", { text: `step ${curve.steps[columns - 1]}` }));
     const range = `${number(curve.edges[0])} to ${number(curve.edges[rows])}${curve.log ? ", log scale" : ""}`;
+    const steps = el("div", { class: "ends", "aria-hidden": "true" },
+      ...[`step ${curve.steps[0]}`, range, `step ${curve.steps[columns - 1]}`].map((text) => el("span", { text })));
     return el("figure", { class: "plot curves", title: "how many suspects are where; the line is the chosen one" },
-      el("figcaption", {}, el("b", { text: `${words(curve.name)} by checkpoint` }), el("span", { text: range })), picture, steps);
+      el("figcaption", {}, el("b", { text: `${words(curve.name)} by checkpoint` })), picture, steps);
   }
 
   function matrix() {
@@ -771,22 +772,39 @@
     const numbers = el("dl", { class: "numbers" }, ...values.map((signal) =>
       el("div", { title: signal.about || undefined }, el("dt", { text: words(signal.name) }), el("dd", { text: number(signal.values[row]) }))));
     const supports = arrays.supports.subarray(row ? arrays.ends[row - 1] : 0, arrays.ends[row]);
-    const evidence = Array.from(supports, (support) => {
+    const evidence = compared(which, supports) || Array.from(supports, (support) => {
       const label = arrays.given[support];
       return el("li", {}, content(support, `Evidence ${shown(ids[support])}`),
         Number.isFinite(label) ? el("p", { class: Object.is(label, suggested(row)) ? "to" : undefined }, el("bdi", { text: labelText(label) })) : null,
         el("p", { class: "where" }, el("bdi", { text: shown(ids[support]) })));
     });
-    const pictures = Array.from(supports).some(isPicture);
+    const examples = Array.isArray(evidence)
+      ? el("ul", { class: Array.from(supports).some(isPicture) ? "evidence" : "evidence texts" }, ...evidence) : evidence;
     box.replaceChildren(
       el("div", { id: "moves" },
         el("button", { type: "button", id: "back", text: "← All suspects", onclick: () => open(false) }),
         el("button", { type: "button", text: "Previous", onclick: () => step(-1) }),
         el("button", { type: "button", text: "Next", onclick: () => step(1) })),
-      el("div", { class: isPicture(which) ? "top" : "top bare" }, it, said),
-      ...(evidence.length ? [el("h3", { text: "Evidence: the examples that tell against it" }), el("ul", { class: pictures ? "evidence" : "evidence texts" }, ...evidence)] : []),
+      el("div", { class: isPicture(which) ? "top" : it ? "top words" : "top bare" }, it, said),
+      ...(supports.length ? [el("h3", { text: "Evidence" }), examples] : []),
       el("h3", { text: "Signals" }), numbers);
     box.scrollTop = 0;
+  }
+
+  // Features of a suspect beside those of its evidence; null if they are no features.
+  function compared(which, supports) {
+    const all = [which, ...supports];
+    const tables = all.map((one) => contents && contents.header.contents[one]);
+    if (tables.length < 2 || !tables.every(Array.isArray)) return null;
+    const known = tables.map((table) => new Map(table));
+    const head = all.map((one) => el("th", { scope: "col" }, el("bdi", { text: shown(ids[one]) })));
+    const labels = all.map((one) => el("td", {}, el("bdi", { text: labelText(arrays.given[one]) })));
+    const body = tables[0].map(([feature]) =>
+      el("tr", {}, el("th", { scope: "row", dir: "auto", text: feature }), ...known.map((table) =>
+        el("td", { dir: "auto", text: table.get(feature) ?? "" }))));
+    return el("div", { class: "compared", tabindex: 0, role: "group", "aria-label": "Features beside those of the evidence" },
+      el("table", {}, el("thead", {}, el("tr", {}, el("td", {}), ...head)),
+        el("tbody", {}, el("tr", {}, el("th", { scope: "row", text: "label" }), ...labels), ...body)));
   }
 
   // An example may be a suspect of several kinds.
