@@ -76,7 +76,7 @@ def made(pictures: Sequence[np.ndarray], side: int, quality: int) -> Sprites:
     alpha = any(tile.ndim == 3 and tile.shape[2] == 4 for tile in tiles)
     mode = "RGBA" if alpha else "RGB" if color else "L"
     boxes: list[tuple[int, ...]] = []
-    sheets = []
+    sheets: list[Image.Image] = []
     for start in range(0, len(tiles), at_once):
         some = tiles[start : start + at_once]
         wide, high = min(columns, len(some)), -(-len(some) // columns)
