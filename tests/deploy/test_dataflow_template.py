@@ -62,7 +62,7 @@ def test_a_default_is_of_the_form_that_a_parameter_must_have(name):
     default = flags(TracInOptions)[name].default
     text = str(default).lower() if isinstance(default, bool) else str(default)
     for regex in PARAMETERS[name].get("regexes", []):
-        assert default in (None, "") or re.match(regex, text)
+        assert default in (None, "", ()) or re.match(regex, text)
 
 
 @pytest.mark.parametrize(
