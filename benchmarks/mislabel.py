@@ -17,7 +17,8 @@ import json
 import pathlib
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import noisy
 import numpy as np
@@ -38,8 +39,15 @@ DATE = "2026-11-22"
 BINS = 5  # of the stated confidence
 
 
-def night(of: noisy.Problem, seed: int, folder: pathlib.Path) -> pathlib.Path:
-    """Trains once and runs the job with default flags: the folder of the output."""
+class Night(NamedTuple):
+    """The output directory of a night, and what parses the records of its shards."""
+
+    out: pathlib.Path
+    parse: tracin_beam.Parser
+
+
+def night(of: noisy.Problem, seed: int, folder: pathlib.Path) -> Night:
+    """Trains once and runs the job with default flags."""
     steps = -(-len(of.x) // of.batch)
     saving = tracin_beam.TracInCheckpoint(folder / "ckpts", save_freq=of.every * steps)
     noisy.trained(of, of.x, of.given, seed, (saving,))
@@ -57,7 +65,7 @@ def night(of: noisy.Problem, seed: int, folder: pathlib.Path) -> pathlib.Path:
         date=DATE,
         progress=False,
     )
-    return folder / "out"
+    return Night(folder / "out", parse)
 
 
 def signals(of: noisy.Problem, out: pathlib.Path) -> dict[str, np.ndarray]:
@@ -144,7 +152,7 @@ def measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
     """What is kept of one data set and seed."""
     of = noisy.problem(name, seed, data)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        out = night(of, seed, pathlib.Path(folder))
+        out = night(of, seed, pathlib.Path(folder)).out
         scores = {**signals(of, out), **mean_loss(of, out)}
         folder_of_night = out / "quality" / DATE
         table = pd.read_parquet(folder_of_night / "signals.parquet").sort_values("id")
@@ -185,13 +193,24 @@ def measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command(
+    about: str, path: pathlib.Path, problems: Sequence[str], measure: Callable, show: Callable
+) -> None:
+    """Measures the pairs of data set and seed that are not there yet, and prints all.
+
+    Args:
+      about: the docstring.
+      path: where results are kept.
+      problems: names.
+      measure: (name, seed, folder of the data) → what is kept.
+      show: (results, names, seeds) prints.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../../shared/data"))
-    parser.add_argument("--problems", nargs="+", default=list(noisy.PROBLEMS))
+    parser.add_argument("--problems", nargs="+", default=list(problems))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=path)
     parser.add_argument("--table", action="store_true")
     flags = parser.parse_args()
     results = json.loads(flags.results.read_text()) if flags.results.exists() else {}
@@ -201,14 +220,15 @@ def main() -> None:
         key = f"{name}/{seed}"
         if key in results or time.monotonic() - start > flags.seconds:
             continue
-        results[key] = measured(name, seed, flags.data)
+        results[key] = measure(name, seed, flags.data)
         print(f"{key}: {time.monotonic() - start:.0f} s", flush=True)
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(results.items())]
         flags.results.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     show(results, flags.problems, flags.seeds)
 
 
-def _mean(values: list[float]) -> str:
+def mean_of(values: Sequence[float]) -> str:
+    """Mean and standard error."""
     spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return f"{np.mean(values):.3f} ± {spread:.3f}"
 
@@ -231,7 +251,8 @@ def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None
         best[name] = max(rivals, key=lambda key: np.mean([r["ap"][key] for r in some]))
         columns = ["tracin-beam", best[name], *others]
         cells = [
-            _mean([r["ap"][key] for r in some]) if key in some[0]["ap"] else "–" for key in columns
+            mean_of([r["ap"][key] for r in some]) if key in some[0]["ap"] else "–"
+            for key in columns
         ]
         cells.insert(2, best[name].removeprefix("cleanlab "))
         epochs = some[0]["epochs"]
@@ -255,7 +276,7 @@ def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None
         ]
         for key in ("tracin-beam", rival):
             known = [r["suggested"][key] for r in some if "suggested" in r]
-            cells.append(_mean(known) if known else "–")
+            cells.append(mean_of(known) if known else "–")
         cells.append(
             "; ".join("{}, {}, {}".format(*r["range"]) for r in some if "range" in r) or "–"
         )
@@ -274,4 +295,4 @@ def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, list(noisy.PROBLEMS), measured, show)

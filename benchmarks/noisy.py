@@ -15,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 
 layers = keras.layers
 
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 _WORDS, _LENGTH = 8192, 64
 _TEST = 2000  # images and rows of houses that are held out
 
@@ -56,7 +57,7 @@ class Problem:
     def loss(self) -> keras.losses.Loss:
         if self.regression:
             return keras.losses.MeanSquaredError()
-        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return CROSS_ENTROPY
 
 
 def dense(inputs: int, hidden: tuple[int, ...], outputs: int) -> keras.Model:

@@ -1,13 +1,16 @@
 """Nights on a problem small enough to do by hand: every label is judged by a fit without it."""
 
+import functools
 import json
 
+import keras
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny as t
 
+import tracin_beam
 from tracin_beam.signals import ridge
 from tracin_beam.storage import verdicts
 
@@ -34,7 +37,7 @@ def softmax(z):
 
 
 def judged(train, weights):
-    """m [n, 3] at one checkpoint, by a least-squares fit without each example."""
+    """m and q [n, 3] at one checkpoint, by a least-squares fit without each example."""
     x = np.stack([row.x for row in train]).astype(np.float64)
     # The gradient of the sum of the logits: x for each class's weights, and ones for the biases.
     phi = np.concatenate([np.repeat(x, 3, axis=1), np.ones((len(x), 3))], axis=1)
@@ -57,7 +60,17 @@ def judged(train, weights):
         key=lambda q: np.log(q[y > 0]).sum(),
     )
     *_, logits = t.residuals(train, weights)
-    return (2 * q + softmax(logits)) / 3
+    return (2 * q + softmax(logits)) / 3, q
+
+
+def confident_joint(q, label):
+    """How many of each given class [3] are confidently taken for each class [3]."""
+    usual = [np.mean([one[y] for one, y in zip(q, label, strict=True) if y == k]) for k in range(3)]
+    joint = np.zeros((3, 3))
+    for one, y in zip(q, label, strict=True):
+        if reached := [k for k in range(3) if one[k] >= usual[k]]:
+            joint[y, max(reached, key=lambda k: one[k])] += 1
+    return joint
 
 
 def test_signals_by_hand(job):
@@ -66,7 +79,7 @@ def test_signals_by_hand(job):
     train = job.good("train")
     assert [r["id"] for r in signals] == [row.id for row in train]
     assert [r["position"] for r in signals] == [row.position for row in train]
-    m = judged(train, job.weights[0])  # the first half of two checkpoints
+    m, q = judged(train, job.weights[0])  # the first half of two checkpoints
     label = np.array([row.y for row in train])
     given = m[np.arange(len(train)), label]
     # Probabilities are kept as logs in float16.
@@ -87,7 +100,17 @@ def test_signals_by_hand(job):
     wrong = {row.id for row, ratio in zip(train, others / given, strict=True) if ratio > 1}
     assert {r["id"] for r in suspects if r["kind"] == "mislabelled"} == wrong
     assert metrics["metrics"]["suspects.mislabelled"] == len(wrong)
-    assert metrics["metrics"]["wrong_labels_high"] == len(wrong)
+    np.testing.assert_allclose([r["others_probability"] for r in signals], q.max(axis=1), rtol=1e-6)
+    joint = confident_joint(q, label)
+    assert joint.sum() == np.sum([r["confident_label"] is not None for r in signals])
+    shares = 1 - np.diag(joint) / np.maximum(joint.sum(axis=1), 1)
+    expected = shares[joint.sum(axis=1) > 0] @ np.bincount(label)[joint.sum(axis=1) > 0]
+    high = min(24, round(expected + 1.645 * np.sqrt(expected)))
+    assert metrics["metrics"]["wrong_labels_high"] == high
+    rate, n = np.mean(q.argmax(axis=1) != label), 24
+    z = 1.645  # the lower end of Wilson's interval solves (rate - p)² = z² p (1 - p) / n
+    lowest = min(np.roots([1 + z**2 / n, -(2 * rate + z**2 / n), rate**2]))
+    assert metrics["metrics"]["wrong_labels_low"] == int(n * lowest)
     assert all(r["first_seen"] == "2026-11-22" for r in suspects)
 
 
@@ -179,3 +202,38 @@ def test_misuse(job, capsys):
     assert job.run("quality", date="2026-11-22", error_if="__import__('os')", **FLAGS) == 2
     assert "error_if" in capsys.readouterr().err
     assert not (job.out / "quality").exists()
+
+
+def test_a_wrong_target_of_a_regression_comes_first(tmp_path):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(40, 3)).astype(np.float32)
+    y = (x @ [1.0, -2.0, 0.5]).astype(np.float32)
+    y[17] += 9
+    parse = tracin_beam.write_shards((x, y), str(tmp_path / "train-*.tfrecord"), shards=2)
+    build = functools.partial(linear, 3)
+    model = build()
+    model.set_weights([np.array([[0.8], [-1.5], [0.2]]), np.zeros(1)])
+    tracin_beam.save_checkpoint(tmp_path / "ckpts", model, 1, 0.1)
+    tracin_beam.quality(
+        tracin_beam.Task(build, keras.losses.MeanSquaredError(), parse),
+        train=tmp_path / "train-*.tfrecord",
+        checkpoints=tmp_path / "ckpts",
+        output=tmp_path / "out",
+        date="2026-11-22",
+        projection="none",
+        progress=False,
+    )
+    folder = tmp_path / "out" / "quality" / "2026-11-22"
+    signals = pq.read_table(folder / "signals.parquet").to_pylist()
+    score = np.array([r["mislabel_score"] for r in signals])
+    assert score.argmax() == 17
+    # φ is x and the bias: the suggestion is a least-squares fit without the example itself.
+    rest = np.arange(40) != 17
+    columns = np.concatenate([x, np.ones((40, 1))], axis=1)
+    fitted = columns[17] @ np.linalg.lstsq(columns[rest], y[rest], rcond=None)[0]
+    assert signals[17]["suggested_label"] == pytest.approx(fitted, abs=0.2)
+    assert "wrong_labels_low" not in json.loads((folder / "metrics.json").read_text())["metrics"]
+
+
+def linear(inputs):
+    return keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(1)])

@@ -63,7 +63,7 @@ def test_parts_add_up_and_can_be_taken_away(fitted):
         two = ridge.leave_one_out(expected, place, PHI[kept], Y[kept])
         np.testing.assert_allclose(one, two, rtol=1e-8)
     halves = [ridge.errors(fitted, PHI[:25], Y[:25]), ridge.errors(fitted, PHI[25:], Y[25:])]
-    found = [ridge.leave_one_out(fitted, i, PHI, Y) for i in range(7)]
+    found = [ridge.leave_one_out(fitted, i, PHI, Y) for i in range(len(fitted.lambdas))]
     np.testing.assert_allclose(sum(halves), [((o - Y) ** 2).sum() for o in found])
 
 
@@ -74,10 +74,10 @@ def test_temperature():
     for t in ridge.TEMPERATURES:
         grown = np.exp(output / t)
         expected.append(sum(np.log(grown[i, i] / grown[i].sum()) for i in range(2)))
-    np.testing.assert_allclose(ridge.likelihoods(output, target), expected, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(ridge.tempered(output, target)[0], expected, rtol=1e-9, atol=1e-11)
     separate = ridge.probabilities(output, 0.5, separate=True)
     np.testing.assert_allclose(separate, 1 / (1 + np.exp(-(output - 0.5) / 0.5)))
-    likely = ridge.likelihoods(output, target, separate=True)
+    likely = ridge.tempered(output, target, separate=True)[0]
     q = ridge.probabilities(output, ridge.TEMPERATURES[3], separate=True)
     assert likely[3] == pytest.approx(np.log(np.where(target, q, 1 - q)).sum())
 
@@ -100,7 +100,7 @@ def test_planted_labels_come_first():
     fitted = ridge.fit(ridge.sums(phi, y))
     choice = int(ridge.errors(fitted, phi, y).argmin())
     output = ridge.leave_one_out(fitted, choice, phi, y)
-    warmth = ridge.TEMPERATURES[int(ridge.likelihoods(output, y).argmax())]
+    warmth = ridge.TEMPERATURES[int(ridge.tempered(output, y)[0].argmax())]
     q = ridge.probabilities(output, warmth)[:, None]
     m = mislabel.mixed(q, q)
     worst = np.argsort(-mislabel.scores(m, given))[:60]

@@ -1,6 +1,5 @@
 """The job `quality`: a night's look at the training data, and what of it is wrong."""
 
-import collections
 import dataclasses
 import datetime
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from tracin_beam.jobs.kept import Kept
 from tracin_beam.jobs.parts import Parts
 from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
-from tracin_beam.signals import gates
+from tracin_beam.signals import gates, mislabel
 from tracin_beam.signals.gates import Gate
 from tracin_beam.storage import files, patterns, runs, sinks, tables, verdicts
 from tracin_beam.storage.files import Stamp
@@ -30,6 +29,8 @@ _FILES = (
     *("signals.parquet", "suspects.parquet", "metrics.json", "metrics.prom"),
     *("openlineage.json", "datalab.parquet"),
 )
+_RANGE = ("wrong_labels_low", "wrong_labels_high")
+_OF_RANGE = ("label", "others_label", "confident_label", "others_probability")
 # Where the first checkpoint knows nearly all given labels, wrong ones are learnt too.
 _LATE = 0.97
 
@@ -184,7 +185,7 @@ def write_night(
 
     rows: list[dict[str, Any]] = [dict(row) for row in others]
     named = _Names(rows)
-    wrong = collections.Counter[str]()
+    judged: list[pa.Table] = []
 
     def pieces() -> Iterator[pa.Table]:
         for shard in sorted(parts):
@@ -195,8 +196,7 @@ def write_night(
             named.look(piece)
             if len(piece) and piece["shard"][0].as_py() not in trusted:
                 rows.extend(_mislabelled(piece, kind))
-                if kind == "classification":
-                    wrong.update(_range(piece))
+                judged.append(piece.select(["mislabel_score", *_OF_RANGE]))
             yield piece
 
     path = output.path("quality", date, "signals.parquet")
@@ -206,6 +206,7 @@ def write_night(
     for row in rows:
         row["cohort"] = shards[row["shard"]]["cohort"]
     rows.sort(key=lambda row: (row["kind"], -row["score"], row["shard"], row["position"]))
+    wrong = _range(judged) if kind == "classification" else {}
     made = Kept(path, stamp, shards, wrong, tuple(results))
     yield from _finish(output, date, made, rows, conditions, pieces(), fingerprint)
 
@@ -344,18 +345,18 @@ def _mislabelled(piece: pa.Table, kind: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _range(piece: pa.Table) -> dict[str, int]:
-    """Between which numbers the wrong labels are.
-
-    Above, those whose own label is less likely than another by `mislabel`; below, those of them
-    that the network itself does not predict as given, although it has seen their label.
-    """
-    other = np.nan_to_num(piece["best_other_ratio"].to_numpy()) > 1
-    unlike = piece["prediction"].to_numpy() != piece["label"].to_numpy()
-    return {
-        "wrong_labels_low": int((other & unlike).sum()),
-        "wrong_labels_high": int(other.sum()),
-    }
+def _range(pieces: Sequence[pa.Table]) -> dict[str, int]:
+    """Between which numbers the wrong labels are, by `mislabel.wrong_labels`."""
+    if not pieces:
+        return dict.fromkeys(_RANGE, 0)
+    known = pa.concat_tables(pieces).filter(pc.is_finite(pc.field("mislabel_score")))
+    label, likeliest, taken, probability = (
+        np.nan_to_num(known[name].to_numpy(), nan=-1) for name in _OF_RANGE
+    )
+    found = mislabel.wrong_labels(
+        label.astype(int), taken.astype(int), likeliest.astype(int), probability
+    )
+    return dict(zip(_RANGE, found, strict=True))
 
 
 def _made_by(run: Run) -> list[object]:

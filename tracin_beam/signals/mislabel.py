@@ -10,6 +10,11 @@ no calibrated probability.
 
 import numpy as np
 
+# Shares of the examples, the surest first, in which disagreeing labels are counted, and the fewest
+# that are worth it; of a normal distribution the point that nineteen in twenty lie below.
+_SUREST, _FEWEST = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5), 40
+_Z = 1.645
+
 
 def first_half(checkpoints: int) -> int:
     """How many of the first checkpoints are taken: ⌊C/2⌋, at least one."""
@@ -46,6 +51,59 @@ def best_other_ratio(m: np.ndarray, label: np.ndarray) -> np.ndarray:
     others = m.copy()
     np.put_along_axis(others, label[:, None], -np.inf, axis=1)
     return others.max(axis=1) / np.maximum(given, 1e-12)
+
+
+def confident(q: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """The class that an example is confidently taken for: int [n], -1 for none.
+
+    The likeliest of the classes whose probability is at least what it is on average among examples
+    that are given this class (Northcutt, Jiang and Chuang 2021, equation 2).
+
+    Args:
+      q: [n, K], probabilities that know nothing of the example's own label.
+      usual: [K], that average for each class; NaN for a class without examples.
+    """
+    reached = np.where(q >= usual, q, -1.0)
+    return np.where(reached.max(axis=1) >= 0, reached.argmax(axis=1), -1)
+
+
+def wrong_labels(
+    label: np.ndarray, taken_for: np.ndarray, likeliest: np.ndarray, probability: np.ndarray
+) -> tuple[int, int]:
+    """Between which numbers the wrong labels are.
+
+    Above, the off-diagonal of the confident joint, of which each row is scaled to the examples that
+    are given this class (Northcutt et al. 2021, equation 3), with what chance may add to such a
+    count. It takes examples that are hard for wrong ones, so that it is too high rather than too
+    low, unless labels are mostly wrong where classes cannot be told from each other.
+
+    Below, disagreements among the examples whose likeliest class is surest. There a classifier is
+    hardly ever wrong, so that what disagrees is a wrong label, and there are as many among the
+    others or more, who are harder to label (the anchor points of Liu and Tao 2016, and Patrini et
+    al. 2017). It is the least, over shares of the surest, of the lower limits at 95 % of that
+    rate (Wilson 1927). Labels that are wrong more often where the class is clear would break it.
+
+    Args:
+      label: int [n], the given class.
+      taken_for: int [n], by `confident`.
+      likeliest: int [n], the likeliest class by the same probabilities.
+      probability: float [n], its.
+    """
+    n = len(label)
+    if not n:
+        return 0, 0
+    known = taken_for >= 0
+    counted = np.bincount(label[known], minlength=label.max() + 1)
+    other = known & (taken_for != label)
+    shares = np.bincount(label[other], minlength=len(counted)) / np.maximum(counted, 1)
+    expected = float(shares @ np.bincount(label, minlength=len(counted)))
+    high = min(n, round(expected + _Z * np.sqrt(expected)))
+    unlike = (likeliest != label)[np.argsort(-probability, kind="stable")]
+    sizes = np.unique([min(n, max(_FEWEST, round(share * n))) for share in _SUREST])
+    rates = np.cumsum(unlike)[sizes - 1] / sizes
+    spread = _Z * np.sqrt(rates * (1 - rates) / sizes + _Z**2 / (4 * sizes**2))
+    lowest = (rates + _Z**2 / (2 * sizes) - spread) / (1 + _Z**2 / sizes)
+    return min(int(n * lowest.min()), high), high
 
 
 def separate_scores(m: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # λ over the mean eigenvalue of the features' scatter, and temperatures of the outputs' softmax.
-LAMBDAS = tuple(10 ** (power / 2) for power in range(-6, 1))
+LAMBDAS = tuple(10 ** (power / 2) for power in range(-6, 3))
 TEMPERATURES = tuple(2 ** (power / 2) for power in range(-12, 5))
 
 # A leverage of one would be an example that alone fixes its own output.
@@ -149,22 +149,29 @@ def errors(fitted: Fitted, phi: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.array([np.square(output - target).sum() for output in found])
 
 
-def likelihoods(output: np.ndarray, target: np.ndarray, separate: bool = False) -> np.ndarray:
-    """Summed log-likelihood of the given labels, by temperature of `TEMPERATURES`: float64 [T].
+def tempered(
+    output: np.ndarray, target: np.ndarray, separate: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """What some examples say of each temperature of `TEMPERATURES`.
 
-    Those of parts of the training set add up; the temperature of the greatest sum is chosen.
+    Those of parts of the training set add up; the temperature of the greatest likelihood is chosen.
 
     Args:
       output: [n, K], as `leave_one_out` gives it.
       target: [n, K] of zeros and ones.
       separate: whether each class is by itself, in a multi-label task.
+
+    Returns:
+      Summed log-likelihoods of the given labels, float64 [T], and the summed probability of the
+      given class by class, float64 [T, K].
     """
-    rows = []
+    likelihoods, given = [], []
     for temperature in TEMPERATURES:
         q = np.maximum(probabilities(output, temperature, separate), 1e-12)
         other = np.maximum(1 - q, 1e-12) if separate else 1.0
-        rows.append(np.sum(target * np.log(q) + (1 - target) * np.log(other)))
-    return np.array(rows)
+        likelihoods.append(np.sum(target * np.log(q) + (1 - target) * np.log(other)))
+        given.append(np.sum(target * q, axis=0))
+    return np.array(likelihoods), np.array(given)
 
 
 def probabilities(output: np.ndarray, temperature: float, separate: bool = False) -> np.ndarray:

@@ -46,6 +46,10 @@ _VERSION = 2  # of the feature files
 _PIECE_ROWS = 65_536
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
 
+# What the other examples say of a class: the likeliest one, its probability, and the one that the
+# example is confidently taken for, if any.
+OTHERS = ("others_label", "others_probability", "confident_label")
+
 SIGNALS = pa.schema(
     [
         ("id", pa.string()),
@@ -58,7 +62,7 @@ SIGNALS = pa.schema(
         ("loss", pa.float64()),
         ("loss_by_checkpoint", pa.list_(pa.float32())),
         *((function.__name__, pa.float64()) for function in trajectory.COLUMNS),
-        *((name, pa.float64()) for name in neighbours.COLUMNS),
+        *((name, pa.float64()) for name in (*neighbours.COLUMNS, *OTHERS)),
         ("mislabel_score", pa.float64()),
         ("suggested_label", pa.float64()),
         ("best_other_ratio", pa.float64()),
@@ -362,12 +366,13 @@ def _read_fits(fits: Mapping[int, str]) -> dict[int, ridge.Fitted]:
 def judged(
     result: ShardResult, night: Night, fits: Mapping[int, str]
 ) -> Iterator[tuple[tuple[int, str, bool], np.ndarray]]:
-    """What tells the best λ and temperature of a checkpoint: float64 [L, 2 + T].
+    """What tells the best λ and temperature of a checkpoint.
 
     By cohort, and whether the examples are trusted, too.
 
-    A row for each λ: the examples, the summed squared leave-one-out error, and log-likelihoods by
-    temperature.
+    float64 [L, 2 + T + (1 + T) K], a row for each λ: the examples, the summed squared leave-one-out
+    error, log-likelihoods by temperature; the examples of each class, and the summed probability
+    of their class, by temperature and class. Of a regression K is 0.
     """
     ridges = _read_fits(fits)
     found: dict[int, np.ndarray] = {}
@@ -378,26 +383,42 @@ def judged(
             lines = []
             for choice in range(len(one.lambdas)):
                 output = ridge.leave_one_out(one, choice, phi, y)
-                likely = np.zeros(len(ridge.TEMPERATURES))
+                line = [len(y), np.square(output - y).sum(), *np.zeros(len(ridge.TEMPERATURES))]
                 if night.kind != "regression":
-                    likely = ridge.likelihoods(output, y, night.kind == "multilabel")
-                lines.append([len(y), np.square(output - y).sum(), *likely])
+                    likely, own = ridge.tempered(output, y, night.kind == "multilabel")
+                    line[2:] = [*likely, *y.sum(axis=0), *own.ravel()]
+                lines.append(line)
             found[place] = found.get(place, 0) + np.array(lines)
     for place, table in found.items():
         path = result.shard.path
         yield (place, night.cohorts.get(path, "new"), path in night.trusted), table
 
 
-def choices(
-    judged: Mapping[tuple[int, str, bool], np.ndarray], cohort: str
-) -> dict[int, tuple[int, float, float]]:
-    """λ's place, temperature and mean squared error for a cohort, by place of the checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen for a checkpoint and a cohort.
+
+    Attributes:
+      place: of λ.
+      temperature: of the outputs.
+      error: mean squared leave-one-out error.
+      usual: float64 [K], mean probability of the given class by class; NaN where it has no example.
+    """
+
+    place: int
+    temperature: float
+    error: float
+    usual: np.ndarray
+
+
+def choices(judged: Mapping[tuple[int, str, bool], np.ndarray], cohort: str) -> dict[int, Choice]:
+    """What is chosen for a cohort, by place of the checkpoint.
 
     λ is that of all examples. The others are the cohort's own where it has some hundred examples:
     features that an example's label has had a part in fit it better than those of a new one. Where
     as many are trusted to be right, these alone choose.
     """
-    found = {}
+    found, warm = {}, len(ridge.TEMPERATURES)
     for place in sorted({place for place, _, _ in judged}):
         of = {key[1:]: table for key, table in judged.items() if key[0] == place}
         trusted = {key: table for key, table in of.items() if key[1]}
@@ -406,9 +427,13 @@ def choices(
         whole = np.sum(list(of.values()), axis=0)
         best = int(whole[:, 1].argmin())
         own = np.sum([table for (own, _), table in of.items() if own == cohort], axis=0)
-        count, error, *likely = (own if np.ndim(own) and own[0, 0] >= _ENOUGH else whole)[best]
-        warmth = ridge.TEMPERATURES[int(np.argmax(likely))]
-        found[place] = best, warmth, error / count
+        count, error, *rest = (own if np.ndim(own) and own[0, 0] >= _ENOUGH else whole)[best]
+        chosen = int(np.argmax(rest[:warm]))
+        by_class = np.array(rest[warm:]).reshape(1 + warm, -1)
+        usual = np.full(by_class.shape[1], np.nan)
+        if by_class.size:
+            np.divide(by_class[1 + chosen], by_class[0], out=usual, where=by_class[0] > 0)
+        found[place] = Choice(best, ridge.TEMPERATURES[chosen], error / count, usual)
     return found
 
 
@@ -418,7 +443,7 @@ def signals_of(
     rows: Sequence[Embeddings],
     described: Sequence[Features],
     ridges: Mapping[int, ridge.Fitted],
-    choices: Mapping[int, tuple[int, float, float]],
+    choices: Mapping[int, Choice],
     near: Mapping[str, np.ndarray],
 ) -> pa.Table:
     """Rows of `signals.parquet` for the same examples at every checkpoint.
@@ -437,22 +462,27 @@ def signals_of(
     logs = np.stack([one.log_probabilities for one in described], axis=1).astype(np.float64)
     outputs = np.stack(
         [
-            ridge.leave_one_out(ridges[place], choices[place][0], described[place].features, target)
+            ridge.leave_one_out(
+                ridges[place], choices[place].place, described[place].features, target
+            )
             for place in night.places
         ],
         axis=1,
     )
     columns = {function.__name__: np.full(size, np.nan) for function in trajectory.COLUMNS}
     ratio, suggested = np.full(size, np.nan), np.full(size, np.nan)
+    others = {name: np.full(size, np.nan) for name in OTHERS}
     if night.kind == "regression":
         residual = target[:, 0] - outputs[:, :, 0].mean(axis=1)
-        usual = np.mean([choices[place][2] for place in night.places])
+        usual = np.mean([choices[place].error for place in night.places])
         score = mislabel.as_score(np.abs(residual) / np.sqrt(usual + 1e-30))
         suggested = outputs[:, :, 0].mean(axis=1)
     else:
         q = np.stack(
             [
-                ridge.probabilities(outputs[:, i], choices[place][1], night.kind == "multilabel")
+                ridge.probabilities(
+                    outputs[:, i], choices[place].temperature, night.kind == "multilabel"
+                )
                 for i, place in enumerate(night.places)
             ],
             axis=1,
@@ -465,6 +495,14 @@ def signals_of(
             label = np.where(known, target.argmax(axis=1), 0)
             score, suggested = mislabel.scores(m, label), mislabel.suggestions(m).astype(float)
             ratio = mislabel.best_other_ratio(m, label)
+            mean = q.mean(axis=1)
+            usual = np.mean([choices[place].usual for place in night.places], axis=0)
+            taken = mislabel.confident(mean, usual).astype(float)
+            values = mean.argmax(axis=1), mean.max(axis=1), np.where(taken < 0, np.nan, taken)
+            others = {
+                name: np.where(known, column, np.nan)
+                for name, column in zip(OTHERS, values, strict=True)
+            }
             for function in trajectory.COLUMNS:
                 columns[function.__name__] = np.where(known, function(logs, label), np.nan)
     rates = [checkpoint.learning_rate for checkpoint in night.checkpoints]
@@ -476,6 +514,7 @@ def signals_of(
         "loss": last.loss,
         **columns,
         **near,
+        **others,
         "mislabel_score": np.where(known, score, np.nan),
         "suggested_label": suggested,
         "best_other_ratio": np.where(known, ratio, np.nan),
