@@ -113,7 +113,7 @@ class Browser:
         (index,) = [i for i, one in enumerate(options) if one.split(" (")[0] == text]
         self.driver.execute_script(
             "const s = document.querySelector(arguments[0]); s.selectedIndex = arguments[1];"
-            "s.dispatchEvent(new Event('change'))",
+            "s.dispatchEvent(new Event('input')); s.dispatchEvent(new Event('change'))",
             *(selector, index),
         )
 

@@ -49,7 +49,7 @@ class TestInfluencePage:
         page = Page(influence_page(table(0), shown, RUN))
         assert len(page.all("table")) == 2  # as a proponent and as an opponent
         assert "rooms" in page.text
-        assert not page.all("script")
+        assert len(page.all("script")) == 1
         assert {audio["src"] for audio in page.all("audio")} == {sound.content}
 
     def test_escapes_whatever_is_not_ours(self):
@@ -58,7 +58,8 @@ class TestInfluencePage:
         run = RUN | {"method": HOSTILE, "config": {HOSTILE: HOSTILE}, "versions": {HOSTILE: 1}}
         source = influence_page(rows, shown, run, label_names=[HOSTILE, HOSTILE])
         page = Page(source)
-        assert not page.all("script")
+        assert len(page.all("script")) == 1  # its own, which the policy names
+        assert "unsafe" not in str(page.all("meta"))
         assert "<script>" in page.text  # seen as text
         assert r"\x1b[31m\u202e&" in page.text
         assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
@@ -87,6 +88,7 @@ class TestInfluencePage:
         rows = pa.concat_tables([table(0, 1), table(2, test_prediction=0.0), table(3)])
         page = Page(influence_page(rows, {}, RUN, label_names=["cat", "dog"], max_tests=2))
         assert [link["title"] for link in page.all("a")] == ["test-2", "test-0"]
+        assert ["data-wrong" in article for article in page.all("article")] == [True, False]
         assert "2 of 4 test examples, wrong predictions first" in page.text
         assert page.text.count("✗ wrong") == 1
         assert "cat" in page.text

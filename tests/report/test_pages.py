@@ -3,6 +3,7 @@
 import json
 
 import browser as b
+import influence_table as influence
 import night_tables as n
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,8 @@ from influence_table import HOSTILE
 
 from tracin_beam.__main__ import main
 from tracin_beam.report import quality
-from tracin_beam.report.show import Shown
+from tracin_beam.report.influence import influence_page
+from tracin_beam.report.show import Shown, show_example
 from tracin_beam.storage import verdicts
 
 COUNT = 300
@@ -281,6 +283,63 @@ def test_on_a_phone(chromium, night):
     assert not chromium.run("document.getElementById('detail').checkVisibility()")
     assert chromium.texts(".row .mark") == ["drop"]
     assert chromium.log() == []
+
+
+class TestInfluence:
+    @pytest.fixture(scope="class")
+    def report(self):
+        rows = [
+            influence.row(test, role, rank, 100.0 / rank, test_label=test % 3, test_prediction=1.0)
+            for test in range(6)
+            for role in ("proponent", "opponent")
+            for rank in range(1, 11)
+        ]
+        places = [("train.tfrecord", rank) for rank in range(1, 11)]
+        shown = dict(zip(places, n.pictures(10), strict=True))
+        shown["test.tfrecord", 0] = Shown("features", ((HOSTILE, HOSTILE), ("rooms", "3")))
+        shown["test.tfrecord", 1] = show_example({"a": b""}, b"", lambda *_: "one<br />two")
+        names = ["cat", HOSTILE, "cow"]
+        rows = pa.Table.from_pylist(rows)
+        return influence_page(rows, shown, influence.RUN, label_names=names)
+
+    def test_search_and_filters(self, chromium, report):
+        page = chromium.open(report)
+
+        def seen():
+            return page.run(
+                "[...document.querySelectorAll('article')].filter(a => a.checkVisibility())"
+                ".map(a => a.querySelector('h2').innerText)"
+            )
+
+        assert seen() == ["test-0", "test-2", "test-3", "test-5", "test-1", "test-4"]
+        page.press("/", *"TEST-3", "escape")
+        assert seen() == ["test-3"]
+        assert page.text("#count") == "1 of the 6 test examples here"
+        assert len(page.run("[...document.querySelectorAll('nav a')].filter(a => !a.hidden)")) == 1
+        page.run("document.getElementById('search').value = ''")
+        page.run("document.getElementById('search').dispatchEvent(new Event('input'))")
+        page.click("#wrong")
+        assert seen() == ["test-0", "test-2", "test-3", "test-5"]
+        page.choose("#choose-label", "cow")
+        assert seen() == ["test-2", "test-5"]
+        assert page.log() == []
+
+    def test_ten_in_a_row_and_tables(self, chromium, report):
+        page = chromium.open(report, wide=1200)
+        tops = page.run(
+            "[...document.querySelector('.proponent ol').children]"
+            ".map(e => e.getBoundingClientRect().top)"
+        )
+        assert len(tops) == 10
+        assert len(set(tops)) == 1
+        assert page.text(".test .features th").startswith("<script>")
+        assert page.texts(".test .text") == ["one\ntwo"]
+        assert page.run("typeof window.x") == "undefined"
+        assert page.log() == []
+
+    def test_on_a_phone(self, chromium, report):
+        page = chromium.open(report, wide=360, high=740, dark=True)
+        assert page.run("document.documentElement.scrollWidth") == 360
 
 
 def test_from_a_night_to_the_next(chromium, tmp_path, launch):

@@ -54,7 +54,11 @@ def influence_page(
         tests_in_table=tests_in_table,
     )
     return pages.render(
-        "influence.html", context, run, styles=("page.css", "influence.css"), scripts=()
+        "influence.html",
+        context,
+        run,
+        styles=("page.css", "influence.css"),
+        scripts=("influence.js",),
     )
 
 
