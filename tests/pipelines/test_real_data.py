@@ -19,6 +19,7 @@ def run_both(launch, tmp_path, task, train, test, **flags):
         "checkpoints": tmp_path / "ckpts",
         "train": train,
         "output": tmp_path / "out",
+        "norms": "exact",
         **flags,
     }
     assert launch("influence", test=test, recall_queries=1000, rescore=400, **shared) == 0
