@@ -516,7 +516,10 @@ class Engine:
             columns = [(i, self.scores(values, batch, q, target).T) for i, q in queries.groups]
             return _in_places(columns, queries.size).T
         if queries.written_out:
-            function = self._function("scores of written out", "loss")
+            # Those of sums, which are no outer products, are whole for every weight.
+            whole = all(len(x.shape) == 2 for x in tf.nest.flatten(list(queries.gradients)))
+            kind = "scores of sums" if whole else "scores of written out"
+            function = self._function(kind, "loss")
             gradients = tf.nest.map_structure(
                 lambda x: tf.convert_to_tensor(x, tf.float32), list(queries.gradients)
             )
@@ -895,6 +898,7 @@ class Engine:
             "products": self._products,
             "quadratic": self._quadratic,
             "scores of written out": self._scores_of_written_out,
+            "scores of sums": self._scores_of_written_out,
         }
         if kind in ("scores", "few scores"):
             count = _FEW if kind == "few scores" else self._width
@@ -911,6 +915,8 @@ class Engine:
                     for i, spec in enumerate(self.specs)
                 ]
             )
+        elif kind == "scores of sums":
+            signature.append([tf.TensorSpec([None, spec.size], tf.float32) for spec in self.specs])
         elif kind.startswith("moments"):
             bodies[kind] = functools.partial(self._moments, int(kind.split()[1]))
             signature.append(tf.TensorSpec([self._width], tf.float32))
