@@ -8,7 +8,7 @@ crosses the workers is paths.
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -173,9 +173,17 @@ class TakeSums(beam.DoFn):
         self._counters.take(tally)
 
 
-def _write(pair: tuple[int, Iterable[str]], census: Census, join: Join) -> int:
-    write_means(join, pair[0], census)
-    return pair[0]
+def _write(pair: tuple[int, Mapping[str, Iterable[Any]]], join: Join) -> Iterator[tuple[None, int]]:
+    place, grouped = pair
+    (census,) = grouped["census"]
+    if census.groups:
+        write_means(join, place, census)
+        yield None, place
+
+
+def _census(pair: tuple[None, Mapping[str, Iterable[Any]]]) -> Census:
+    (census,) = pair[1]["census"]
+    return census
 
 
 @dataclasses.dataclass
@@ -191,18 +199,31 @@ class TakeCurvature(beam.PTransform):
     join: Join
 
     def expand(self, counted: beam.PCollection) -> beam.PCollection:
-        done = (
+        sums = (
             counted
             | "Units" >> beam.FlatMap(self._units)
             | "SpreadUnits" >> beam.Reshuffle()
             | "TakeSums" >> beam.ParDo(TakeSums(self.join))
-            | "OfCheckpoint" >> beam.GroupByKey()
-            | "WriteMeans" >> beam.Map(_write, beam.pvalue.AsSingleton(counted), self.join)
         )
-        ready = counted | "Ready" >> beam.Map(lambda census, _: census, beam.pvalue.AsList(done))
+        # The census goes the same way as what waits for it: as a side input, which all of it also
+        # came from, the local runner has been seen to give it late.
+        done = (
+            {"census": counted | "ForCheckpoints" >> beam.FlatMap(self._places), "sums": sums}
+            | "OfCheckpoint" >> beam.CoGroupByKey()
+            | "WriteMeans" >> beam.FlatMap(_write, self.join)
+        )
+        once = counted | "Once" >> beam.Map(lambda census: (None, census))
+        ready = (
+            {"census": once, "done": done}
+            | "WhenWritten" >> beam.CoGroupByKey()
+            | "Ready" >> beam.Map(_census)
+        )
         if self.join.damping == "auto":
             return ready | "ChooseDamping" >> beam.Map(_chosen, self.join)
         return ready
+
+    def _places(self, census: Census) -> list[tuple[int, Census]]:
+        return [(place, census) for place in range(len(self.join.checkpoints))]
 
     def _units(self, census: Census) -> list[tuple[int, Group]]:
         places = range(len(self.join.checkpoints))
