@@ -17,12 +17,17 @@ def table(count, errors, likely):
 
 def test_cohorts_have_their_own_temperature():
     judged = {
-        (0, "trained"): table(1000, [50, 10], [0, 1]),
-        (0, "new"): table(300, [30, 60], [2, 3]),
-        (0, "unknown"): table(9, [1, 1], [4, 4]),
+        (0, "trained", False): table(1000, [50, 10], [0, 1]),
+        (0, "new", False): table(300, [30, 60], [2, 3]),
+        (0, "unknown", False): table(9, [1, 1], [4, 4]),
     }
     warm = ridge.TEMPERATURES
+
+    def chosen(cohort):
+        (choice,) = quality.choices(judged, cohort).values()
+        return choice.place, choice.temperature, choice.error
+
     # λ by all errors, 81 and 71; the few examples of a cohort are as all others.
-    assert quality.choices(judged, "trained") == {0: (1, warm[1], 10 / 1000)}
-    assert quality.choices(judged, "new") == {0: (1, warm[3], 60 / 300)}
-    assert quality.choices(judged, "unknown") == {0: (1, warm[1], 71 / 1309)}
+    assert chosen("trained") == (1, warm[1], 10 / 1000)
+    assert chosen("new") == (1, warm[3], 60 / 300)
+    assert chosen("unknown") == (1, warm[1], 71 / 1309)
