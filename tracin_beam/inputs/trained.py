@@ -13,7 +13,7 @@ from typing import Any
 
 from tracin_beam.errors import InputError
 from tracin_beam.inputs.checkpoints import LISTING, read_entries
-from tracin_beam.storage import files, patterns, runs
+from tracin_beam.storage import files, runs
 from tracin_beam.storage.runs import Shard
 
 Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -104,10 +104,7 @@ def cohorts(shards: Sequence[Shard], checkpoints: str, pattern: str = "") -> dic
       InputError: as of `read`, or the pattern matches nothing.
     """
     if pattern:
-        try:
-            seen = {files.full(info.path) for info in patterns.match(pattern)}
-        except InputError as error:
-            raise InputError(f"--trained: {error}") from None
+        seen = {info.path for info in runs.matched(pattern, "trained")}
         return {shard.path: TRAINED if shard.path in seen else NEW for shard in shards}
     known = read(checkpoints)
     identities = set(known.identities.values())

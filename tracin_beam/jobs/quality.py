@@ -19,7 +19,7 @@ from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
 from tracin_beam.signals import gates, mislabel
 from tracin_beam.signals.gates import Gate
-from tracin_beam.storage import files, patterns, runs, sinks, tables, verdicts
+from tracin_beam.storage import files, runs, sinks, tables, verdicts
 from tracin_beam.storage.files import Stamp
 from tracin_beam.storage.runs import Made, Output, ShardResult
 
@@ -77,10 +77,7 @@ def _trusted(run: Run) -> frozenset[str]:
     """
     if not run.config.trusted:
         return frozenset()
-    try:
-        found = {files.full(info.path) for info in patterns.match(run.config.trusted)}
-    except InputError as error:
-        raise InputError(f"--trusted: {error}") from None
+    found = {info.path for info in runs.matched(run.config.trusted, "trusted")}
     if others := found - {shard.path for shard in (*run.train, *run.test)}:
         raise InputError(
             f"--trusted names {min(others)}, which neither --train nor --test names: give it there "
@@ -187,12 +184,9 @@ def write_night(
     named = _Names(rows)
     judged: list[pa.Table] = []
 
-    def pieces() -> Iterator[pa.Table]:
-        for shard in sorted(parts):
-            yield tables.read(parts[shard][0])
-
     def looked_at() -> Iterator[pa.Table]:
-        for piece in pieces():
+        for shard in sorted(parts):
+            piece = tables.read(parts[shard][0])
             named.look(piece)
             if len(piece) and piece["shard"][0].as_py() not in trusted:
                 rows.extend(_mislabelled(piece, kind))
@@ -208,7 +202,7 @@ def write_night(
     rows.sort(key=lambda row: (row["kind"], -row["score"], row["shard"], row["position"]))
     wrong = _range(judged) if kind == "classification" else {}
     made = Kept(path, stamp, shards, wrong, tuple(results))
-    yield from _finish(output, date, made, rows, conditions, pieces(), fingerprint)
+    yield from _finish(output, date, made, rows, conditions, fingerprint)
 
 
 def copy_night(
@@ -221,7 +215,7 @@ def copy_night(
     stamp = earlier.stamp if path == earlier.signals else files.copy(earlier.signals, path)
     made = dataclasses.replace(earlier, signals=path, stamp=stamp)
     rows = found.to_pylist()
-    yield from _finish(output, date, made, rows, conditions, tables.pieces(path), fingerprint)
+    yield from _finish(output, date, made, rows, conditions, fingerprint)
 
 
 def _finish(
@@ -230,7 +224,6 @@ def _finish(
     made: Kept,
     rows: list[dict[str, Any]],
     conditions: Sequence[Gate],
-    pieces: Iterator[pa.Table],
     fingerprint: str,
 ) -> Iterator[Made]:
     """Writes what depends on the date, the verdicts and the gates, and keeps the rest.
@@ -241,7 +234,6 @@ def _finish(
       made: the night, whose `signals.parquet` is there.
       rows: suspects, of whatever verdict.
       conditions: the gates.
-      pieces: of `signals.parquet`.
       fingerprint: as of `_data`.
     """
     earlier = night.history(output, date)
@@ -265,7 +257,7 @@ def _finish(
         found,
         conditions,
         earlier,
-        pieces,
+        tables.pieces(made.signals),
         made.wrong,
         {"new": len(now - last.keys()), "gone": len(last.keys() - now)},
     )

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from tracin_beam.report import packed, pages, sprites, words
 from tracin_beam.report.explanations import Place
 from tracin_beam.report.show import Shown
-from tracin_beam.storage import files
+from tracin_beam.storage import files, tables
 
 MOST_SUSPECTS = 10_000
 MOST_EXAMPLES = 12_000  # whose content is shown: suspects, and the evidence of the worst
@@ -33,7 +32,6 @@ _MOST_CURVES = 12  # checkpoints of a curve
 _BINS = 24
 _CURVE_BINS = 12
 _MOST_LISTED = 12  # shards
-_ROWS = 65_536
 _KEYS = 1 << 16  # first halves of float32 numbers
 
 # What a column is, for who points at its plot; others are shown by their names alone.
@@ -108,16 +106,9 @@ def read(folder: str, most: int = MOST_SUSPECTS) -> Found:
         are not shown.
       most: suspects to show; each kind has its share of the worst.
     """
-    found = Found(*worst(_pieces(files.join(folder, "suspects.parquet")), most))
-    look_up(found, _pieces(files.join(folder, "signals.parquet")))
+    found = Found(*worst(tables.pieces(files.join(folder, "suspects.parquet")), most))
+    look_up(found, tables.pieces(files.join(folder, "signals.parquet")))
     return found
-
-
-def _pieces(path: str) -> Iterator[pa.Table]:
-    with files.local_copy(path) as local, pq.ParquetFile(local) as file:
-        yield file.schema_arrow.empty_table()
-        for batch in file.iter_batches(batch_size=_ROWS):
-            yield pa.Table.from_batches([batch])
 
 
 def worst(pieces: Iterator[pa.Table], most: int) -> tuple[pa.Table, dict[str, int]]:

@@ -27,7 +27,6 @@ from tracin_beam.storage.embeddings import Embeddings
 SAMPLED = 8192
 # Of the queries and training examples by whose scores the damping is chosen, about so many.
 _QUERIES, _ROWS = 64, 2048
-_MARK = ".json"
 
 _COUNTED = (*("sums_found", "sums_made", "embeddings", "records", "read_msec", "compute_msec"),)
 
@@ -86,16 +85,16 @@ def take_sums(join: Join, group: Group, place: int, tally: Tally | None = None) 
     path, root = part_path(join, group, place), join.output.root
     kind = join.score.preconditioner
     wanted = runs.digest([group.fingerprint, kind, curvature.LAYOUT, curvature.WIDEST, SAMPLED])
-    if marks.read(path + _MARK, root, wanted, {path}):
-        tally.add("sums_found")
-        return path
-    sums = _of_embeddings(join, group, place, tally)
-    if join.score.written_out:
-        sums |= _of_gradients(join, group, place, tally)
-        runs.check_unchanged([*(r.shard for r in group.shards), join.checkpoints[place]])
-    tally.add("sums_made")
-    files.remove([path + _MARK])
-    marks.write(path + _MARK, root, wanted, {path: arrays.write(path, sums)})
+
+    def make() -> files.Stamp:
+        sums = _of_embeddings(join, group, place, tally)
+        if join.score.written_out:
+            sums |= _of_gradients(join, group, place, tally)
+            runs.check_unchanged([*(r.shard for r in group.shards), join.checkpoints[place]])
+        return arrays.write(path, sums)
+
+    found = marks.kept_or_made(path, root, wanted, make)
+    tally.add("sums_found" if found else "sums_made")
     return path
 
 
@@ -106,7 +105,7 @@ def write_means(join: Join, place: int, census: Census) -> None:
     for path in paths:
         total = curvature.added(total, arrays.read(path))
     arrays.write(join.moments(place), curvature.scaled(total, 1 / max(1, census.train_rows)))
-    kept = {join.moments(place), *paths, *(path + _MARK for path in paths)}
+    kept = {join.moments(place), *paths, *map(marks.beside, paths)}
     there = {info.path for info in files.list_folder(os.path.dirname(join.moments(place)))}
     files.remove(sorted(path for path in there - kept if "group-" in os.path.basename(path)))
 

@@ -8,10 +8,11 @@ best rows of a slice.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -23,7 +24,7 @@ from tracin_beam.gradients.engine import Queries
 from tracin_beam.scoring import groups
 from tracin_beam.scoring.groups import Known, Slice, Spread
 from tracin_beam.scoring.topk import ROLES, SIGNS
-from tracin_beam.stages import joining
+from tracin_beam.stages import joining, total
 from tracin_beam.stages.joining import Join
 from tracin_beam.stages.metrics import Counters, Tally
 from tracin_beam.stages.rescore import records_at
@@ -33,8 +34,6 @@ from tracin_beam.storage.runs import ShardResult
 
 _log = logging.getLogger(__name__)
 
-_PARTS = 16  # files of summed gradients for a checkpoint, at most
-_MARK = ".json"
 # Of sets' gradients at all checkpoints that are held together.
 _SET_BYTES = 256 << 20
 # Sets of a test set, and groups of a training set, at most: a table of more is read by nobody.
@@ -93,11 +92,10 @@ class Part:
 
 def parts_of(join: Join, sets: Sets, tests: Iterable[ShardResult]) -> list[Part]:
     """The parts whose sums are taken one by one."""
-    ordered = sorted((r for r in tests if r.used), key=lambda result: result.shard.path)
-    some = [ordered[i::_PARTS] for i in range(min(_PARTS, len(ordered)))]
+    together = total.in_groups(tests)
     found = []
     for place, checkpoint in enumerate(join.checkpoints):
-        for group in some:
+        for group in together:
             content = [[join.units[r.shard.path], r.excluded] for r in group]
             # Labels and predictions are those at the last checkpoint, which units tell of.
             of: list[object] = [checkpoint.identity, join.target, content, sets.by and sets.by[1]]
@@ -232,16 +230,16 @@ class SumSets(beam.DoFn):
     def process(self, part: Part) -> Iterator[Part]:
         tally = Tally()
         root, name = self._join.output.root, os.path.basename(part.path)
-        if marks.read(part.path + _MARK, root, name, {part.path}):
-            tally.add("sums_found")
-        else:
+
+        def make() -> files.Stamp:
             with tally.timed("sum"):
                 found = summed(self._join, self._sets, part)
             checkpoint = self._join.checkpoints[part.checkpoint]
             runs.check_unchanged([*(result.shard for result in part.shards), checkpoint])
-            files.remove([part.path + _MARK])
-            marks.write(part.path + _MARK, root, name, {part.path: arrays.write(part.path, found)})
-            tally.add("sums_made")
+            return arrays.write(part.path, found)
+
+        found = marks.kept_or_made(part.path, root, name, make)
+        tally.add("sums_found" if found else "sums_made")
         self._counters.take(tally)
         yield part
 
@@ -275,25 +273,17 @@ def queries_of(join: Join, parts: Sequence[Part], names: np.ndarray) -> list[lis
 
     Where the score is of embeddings they are not cut.
     """
-    engine = join.source.get().engine
-    cuts = np.cumsum([spec.size for spec in engine.specs])[:-1]
     found = []
     for place in range(len(join.checkpoints)):
-        total = np.zeros(0)
+        sums = np.zeros(0)
         for path in sorted(part.path for part in parts if part.checkpoint == place):
             stored = arrays.read(path)
-            if not len(total):
-                total = np.zeros((len(names), stored["sums"].shape[1]))
+            if not len(sums):
+                sums = np.zeros((len(names), stored["sums"].shape[1]))
             known = np.isin(stored["names"], names)
-            total[np.searchsorted(names, stored["names"][known])] += stored["sums"][known]
-        if join.score.on_embeddings:
-            found.append([join.score.of_embeddings(place, total)])
-            continue
-        cut = np.split(total, cuts, axis=1)
-        queries = Queries(len(names), cut, written_out=True)
-        if join.score.written_out:
-            queries = join.score.of_gradients(place, queries)
-        found.append(list(queries.gradients))
+            sums[np.searchsorted(names, stored["names"][known])] += stored["sums"][known]
+        queries = total.transformed(join, place, sums)
+        found.append([queries] if join.score.on_embeddings else total.by_weight(join, queries))
     return found
 
 
@@ -321,11 +311,20 @@ def scored(
     join: Join,
     sets: Sets,
     result: ShardResult,
-    parts: Sequence[Part],
     every: Queried,
+    queries_of: Callable[[np.ndarray], list[list[np.ndarray]]],
     tally: Tally | None = None,
 ) -> Scored:
-    """Goes through a training shard for all sets, some sets at a time."""
+    """Goes through a training shard for all sets, some sets at a time.
+
+    Args:
+      join: what is joined.
+      sets: which are asked for.
+      result: the shard.
+      every: the sets there are.
+      queries_of: from the names of some of them, as the function of this name gives them.
+      tally: takes records, batches and seconds.
+    """
     tally = tally or Tally()
     numbers = join.numbers
     if not join.score.on_embeddings:
@@ -335,7 +334,7 @@ def scored(
     best = _BEST.empty_table()
     for start in range(0, len(every.names), step):
         names = every.names[start : start + step]
-        queries = queries_of(join, parts, names)
+        queries = queries_of(names)
         grouped = np.array([name.startswith("group:") for name in names])
         mine: dict[str, Spread] = {}
         for rows, known, terms in _terms(join, sets, result, queries, tally):
@@ -462,7 +461,22 @@ class ScoreShard(beam.DoFn):
     def __init__(self, join: Join, sets: Sets) -> None:
         self._join = join
         self._sets = sets
+        # Of the shard before, which the next one often wants again.
+        self._every: tuple[list[str], Queried] | None = None
+        self._queries: tuple[np.ndarray, list[list[np.ndarray]]] | None = None
         self._counters = Counters("groups", *_COUNTED)
+
+    def _every_set(self, parts: Sequence[Part]) -> Queried:
+        paths = sorted(part.path for part in parts)
+        if self._every is None or self._every[0] != paths:
+            self._every, self._queries = (paths, every_set(parts)), None
+        return self._every[1]
+
+    def _queries_of(self, parts: Sequence[Part], names: np.ndarray) -> list[list[np.ndarray]]:
+        if self._queries is None or not np.array_equal(self._queries[0], names):
+            self._queries = None  # before the memory of others is taken
+            self._queries = names, queries_of(self._join, parts, names)
+        return self._queries[1]
 
     def process(self, result: ShardResult, parts: Sequence[Part]) -> Iterator[str]:
         join, tally = self._join, Tally()
@@ -474,14 +488,15 @@ class ScoreShard(beam.DoFn):
         ]
         content += [sorted(part.path for part in parts), join.score_identity]
         fingerprint = runs.digest(content)
-        if marks.read(path + _MARK, root, fingerprint, {path}):
-            tally.add("shards_found")
-        else:
-            found = scored(join, self._sets, result, parts, every_set(parts), tally)
+
+        def make() -> files.Stamp:
+            queries = functools.partial(self._queries_of, parts)
+            found = scored(join, self._sets, result, self._every_set(parts), queries, tally)
             runs.check_unchanged([result.shard, *join.checkpoints])
-            files.remove([path + _MARK])
-            marks.write(path + _MARK, root, fingerprint, {path: arrays.write(path, packed(found))})
-            tally.add("shards_scored")
+            return arrays.write(path, packed(found))
+
+        found = marks.kept_or_made(path, root, fingerprint, make)
+        tally.add("shards_found" if found else "shards_scored")
         self._counters.take(tally)
         yield path
 
@@ -596,7 +611,7 @@ def _mark(join: Join) -> str:
 
 def _remove_others(join: Join, intermediate: Iterable[str], made: Iterable[str]) -> None:
     """Removes tables that are not made now, and what others were made from."""
-    wanted = {*made, *(path + end for path in intermediate for end in ("", _MARK))}
+    wanted = {*made, *(of for path in intermediate for of in (path, marks.beside(path)))}
     sides = [(name, join.test_name) for name in (GROUP, SLICE)]
     folders = [*sides, ("evaluation", join.test_name, "sets")]
     there = {path for parts in folders for path in files.under(join.output.path(*parts))}

@@ -155,7 +155,7 @@ class _State:
     def read(cls, site: Site, result: ShardResult, among: str) -> "_State":
         path = path_of(site, result, among)
         fingerprint = runs.digest([_VERSION, site.made_from(result)])
-        if marks.read(path + ".json", site.output.root, fingerprint, {path}) is None:
+        if marks.read(marks.beside(path), site.output.root, fingerprint, {path}) is None:
             return cls(result, [])
         kept = arrays.read(path)
         return cls(
@@ -168,7 +168,7 @@ class _State:
 
     def write(self, site: Site, among: str) -> None:
         path = path_of(site, self.result, among)
-        files.remove([path + ".json"])
+        files.remove([marks.beside(path)])
         assert self.found is not None
         assert self.radius is not None
         kept = {
@@ -177,7 +177,8 @@ class _State:
             **self.classes,
         }
         fingerprint = runs.digest([_VERSION, site.made_from(self.result)])
-        marks.write(path + ".json", site.output.root, fingerprint, {path: arrays.write(path, kept)})
+        stamp = arrays.write(path, kept)
+        marks.write(marks.beside(path), site.output.root, fingerprint, {path: stamp})
 
 
 def _search(
@@ -354,13 +355,14 @@ def look(site: Site, shards: Sequence[ShardResult]) -> Iterator[dict[str, Any]]:
     outlying, distance = np.full((2, len(whole.position)), np.nan)
     pairs = []
     for at, result in _spans(whole):
-        columns = _columns(site, whole.label[at], _read(site, result, among), reference)
+        found = _read(site, result, TRAIN)
+        nearest = found if among == TRAIN else _read(site, result, among)
+        columns = _columns(site, whole.label[at], nearest, reference)
         arrays.write(columns_of(site, result), columns)
         outlying[at], distance[at] = (
             columns["neighbour_outlyingness"],
             columns["neighbour_distance"],
         )
-        found = _read(site, result, TRAIN)
         near = found.distance <= close.limit * close.usual[at, None]
         one, other = np.nonzero(near & (found.shard >= 0))
         pairs.append((at.start + one, whole.places(found)[one, other], found.distance[one, other]))

@@ -43,7 +43,6 @@ from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
 VERSION = 1  # of the signals
 _VERSION = 2  # of the feature files
-_PIECE_ROWS = 65_536
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
 
 # What the other examples say of a class: the likeliest one, its probability, and the one that the
@@ -186,13 +185,13 @@ class WriteFeatures(beam.DoFn):
         place, result = pair
         night = self._night
         path = night.features(place, result)
-        mark = path + ".json"
-        wanted = place in night.places
         fingerprint = night.fingerprint(place, result)
-        if marks.read(mark, night.output.root, fingerprint, {path}) is None:
-            files.remove([mark])
-            stamp = self._write(path, place, result, wanted)
-            marks.write(mark, night.output.root, fingerprint, {path: stamp})
+        marks.kept_or_made(
+            path,
+            night.output.root,
+            fingerprint,
+            lambda: self._write(path, place, result, place in night.places),
+        )
         yield result.shard.path, result
 
     def _write(self, path: str, place: int, result: ShardResult, wanted: bool) -> files.Stamp:
@@ -307,7 +306,7 @@ def total(pairs: Iterable[tuple[str, ShardResult]], night: Night) -> Iterator[tu
     """
     wanted = dict(pairs)
     path = files.join(night.all_sums, "total.npz")
-    mark = path + ".json"
+    mark = marks.beside(path)
     kept = marks.read(mark, night.output.root, "total", {path})
     before = {files.join(night.all_sums, name) for name in kept["of"]} if kept else set()
     there = {info.path for info in files.list_folder(night.all_sums)}

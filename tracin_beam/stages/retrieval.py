@@ -138,7 +138,7 @@ def kept_or_judged(
         for shard, position in zip(shards, positions, strict=True)
     ]
     mark = runs.digest([group.fingerprint, places, join.score_identity])
-    kept = marks.read(path + ".json", join.output.root, mark, {path})
+    kept = marks.read(marks.beside(path), join.output.root, mark, {path})
     if kept and kept["count"] >= top_k:
         tally.add("groups_found")
         return _judged(tables.read(path), join)
@@ -149,9 +149,9 @@ def kept_or_judged(
     paths = np.array([shard.path for shard in join.train])
     columns = {**judged._asdict(), "shard": pa.array(paths[judged.shard]).dictionary_encode()}
     table = pa.table(columns).cast(_KEPT)
-    files.remove([path + ".json"])
+    files.remove([marks.beside(path)])
     made = {path: tables.write(path, table)}
-    marks.write(path + ".json", join.output.root, mark, made, count=count)
+    marks.write(marks.beside(path), join.output.root, mark, made, count=count)
     return judged
 
 

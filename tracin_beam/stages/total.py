@@ -27,7 +27,6 @@ _log = logging.getLogger(__name__)
 
 # Files of summed gradients for a checkpoint, at most.
 _PARTS = 16
-_MARK = ".json"
 # Records of both sets count once; batches at each checkpoint.
 _COUNTED_SUMS = ("sums_found", "sums_made", "test_records", "sum_msec")
 _COUNTED = (
@@ -53,10 +52,15 @@ class Part:
     examples: int
 
 
+def in_groups(tests: Iterable[ShardResult]) -> list[list[ShardResult]]:
+    """Test shards whose gradients are summed together."""
+    ordered = sorted((r for r in tests if r.used), key=lambda result: result.shard.path)
+    return [ordered[i::_PARTS] for i in range(min(_PARTS, len(ordered)))]
+
+
 def parts_of(join: Join, tests: Iterable[ShardResult]) -> list[Part]:
     """The parts whose sums are taken one by one."""
-    ordered = sorted((r for r in tests if r.used), key=lambda result: result.shard.path)
-    groups = [ordered[i::_PARTS] for i in range(min(_PARTS, len(ordered)))]
+    groups = in_groups(tests)
     found = []
     for place, checkpoint in enumerate(join.checkpoints):
         for group in groups:
@@ -109,19 +113,21 @@ class SumGradients(beam.DoFn):
 
     def _make(self, part: Part, tally: Tally) -> None:
         root, name = self._join.output.root, os.path.basename(part.path)
-        if marks.read(part.path + _MARK, root, name, {part.path}):
-            tally.add("sums_found")
-        else:
+
+        def make() -> files.Stamp:
             with tally.timed("sum"):
                 total = summed(self._join, part)
             checkpoint = self._join.checkpoints[part.checkpoint]
             runs.check_unchanged([*(result.shard for result in part.shards), checkpoint])
             tally.add("sums_made")
             tally.add("test_records", part.examples * (part.checkpoint == 0))
-            files.remove([part.path + _MARK])
             with files.atomic_write(part.path) as handle:
                 np.save(handle, total)
-            marks.write(part.path + _MARK, root, name, {part.path: handle.stamp})
+            stamp: files.Stamp = handle.stamp
+            return stamp
+
+        if marks.kept_or_made(part.path, root, name, make):
+            tally.add("sums_found")
 
 
 def read_sums(parts: Sequence[Part], checkpoints: Sequence[CheckpointFile]) -> list[np.ndarray]:
@@ -133,20 +139,27 @@ def read_sums(parts: Sequence[Part], checkpoints: Sequence[CheckpointFile]) -> l
     return totals
 
 
-def transformed(join: Join, sums: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """T_c of the sums, which the score is linear in."""
+def by_weight(join: Join, sums: np.ndarray) -> list[np.ndarray]:
+    """Gradients [S, N] of all weights, cut into those of each."""
+    cuts = np.cumsum([spec.size for spec in join.source.get().engine.specs])[:-1]
+    return np.split(sums, cuts, axis=1)
+
+
+def transformed(join: Join, place: int, sums: np.ndarray) -> np.ndarray:
+    """T_c of sums of gradients, or of embeddings, [S, N] each: the score is linear in them.
+
+    Args:
+      join: what is joined.
+      place: of the checkpoint.
+      sums: of S sets.
+    """
     score = join.score
     if score.on_embeddings:
-        return [score.of_embeddings(c, total[None])[0] for c, total in enumerate(sums)]
+        return score.of_embeddings(place, sums)
     if not score.written_out:
-        return list(sums)
-    cuts = np.cumsum([spec.size for spec in join.source.get().engine.specs])[:-1]
-    found = []
-    for c, total in enumerate(sums):
-        parts = [part[None] for part in np.split(total, cuts)]
-        queries = score.of_gradients(c, Queries(1, parts, written_out=True))
-        found.append(np.concatenate([part[0] for part in queries.gradients]))
-    return found
+        return sums
+    queries = Queries(len(sums), by_weight(join, sums), written_out=True)
+    return np.concatenate(score.of_gradients(place, queries).gradients, axis=1)
 
 
 def _load(path: str) -> np.ndarray:
@@ -266,7 +279,8 @@ class WriteTotals(beam.DoFn):
             return table.path, kept["files"][table.path]
         names = sorted(part.path for part in parts)
         if self._sums is None or self._sums[0] != names:
-            self._sums = names, transformed(join, read_sums(parts, join.checkpoints))
+            sums = enumerate(read_sums(parts, join.checkpoints))
+            self._sums = names, [transformed(join, c, total[None])[0] for c, total in sums]
         examples = sum(part.examples for part in parts if part.checkpoint == 0)
         files.remove([table.mark, join.output.done("influence", join.test_name)])
         rows = rows_of(join, result, self._sums[1], examples, tally) if result.used else iter(())
@@ -305,10 +319,10 @@ def kept(join: Join, train: Iterable[ShardResult], tests: Iterable[ShardResult])
 
 def _remove_others(parts: Sequence[Part]) -> list[Part]:
     """Removes summed gradients that are not of this run."""
-    kept = {path for part in parts for path in (part.path, part.path + _MARK)}
+    kept = {path for part in parts for path in (part.path, marks.beside(part.path))}
     for folder in {os.path.dirname(path) for path in kept}:
         found = {
-            info.path for info in files.list_folder(folder) if info.path.endswith((".npy", _MARK))
+            info.path for info in files.list_folder(folder) if info.path.endswith((".npy", ".json"))
         }
         files.remove(sorted(found - kept))
     return list(parts)

@@ -11,7 +11,7 @@ one that somebody made to have the same.
 
 import json
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from tracin_beam.errors import InputError
@@ -76,6 +76,31 @@ def read(
         refuse(path, str(error))
         return None
     return {**stored, "files": made}
+
+
+def beside(path: str) -> str:
+    """The mark of a single file."""
+    return path + ".json"
+
+
+def kept_or_made(path: str, root: str, fingerprint: str, make: Callable[[], Stamp]) -> bool:
+    """Makes a file, unless it is there and the mark beside it says that it can be used again.
+
+    Args:
+      path: of the file.
+      root: as of `write`.
+      fingerprint: of all that it depends on.
+      make: writes it.
+
+    Returns:
+      Whether it was there.
+    """
+    mark = beside(path)
+    if read(mark, root, fingerprint, {path}) is not None:
+        return True
+    files.remove([mark])
+    write(mark, root, fingerprint, {path: make()})
+    return False
 
 
 def named(path: str, root: str) -> set[str]:

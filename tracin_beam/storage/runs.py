@@ -308,6 +308,22 @@ def changed_while_used(file: Shard | CheckpointFile) -> InputError:
     )
 
 
+def matched(pattern: str, flag: str) -> list[files.FileInfo]:
+    """The files that a pattern names, with their full paths.
+
+    Args:
+      pattern: glob, or several with commas.
+      flag: for the error message.
+
+    Raises:
+      InputError: nothing matches.
+    """
+    try:
+        return [files.FileInfo(files.full(i.path), i.size) for i in patterns.match(pattern)]
+    except InputError as error:
+        raise InputError(f"--{flag}: {error}") from None
+
+
 def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard]:
     """The shards that a pattern names, in the order of their paths.
 
@@ -319,15 +335,12 @@ def find_shards(pattern: str, flag: str, known: Mapping[str, str]) -> list[Shard
     Raises:
       InputError: nothing matches.
     """
-    try:
-        matched = [files.FileInfo(files.full(i.path), i.size) for i in patterns.match(pattern)]
-    except InputError as error:
-        raise InputError(f"--{flag}: {error}") from None
+    found = matched(pattern, flag)
     # Names that differ by ".tfrecord" alone would have the same embedding file.
-    taken = {_stem(known[info.path]) for info in matched if info.path in known}
-    identities = files.in_parallel(lambda info: identify(info.path, info.size), matched)
+    taken = {_stem(known[info.path]) for info in found if info.path in known}
+    identities = files.in_parallel(lambda info: identify(info.path, info.size), found)
     shards = []
-    for info, (identity, signature) in zip(matched, identities, strict=True):
+    for info, (identity, signature) in zip(found, identities, strict=True):
         name = known.get(info.path)
         if name is None:
             name = os.path.basename(info.path)

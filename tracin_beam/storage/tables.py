@@ -93,8 +93,10 @@ def read(path: str, columns: Sequence[str] | None = None, filters: Any = None) -
 
 
 def pieces(path: str, rows: int = 65_536) -> Iterator[pa.Table]:
-    """Reads a Parquet file, so many rows at a time."""
+    """Reads a Parquet file, so many rows at a time: an empty table where it has none."""
     with files.local_copy(path) as local, pq.ParquetFile(local) as file:
+        if not file.metadata.num_rows:
+            yield file.schema_arrow.empty_table()
         for batch in file.iter_batches(batch_size=rows):
             yield pa.Table.from_batches([batch])
 
