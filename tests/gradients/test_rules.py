@@ -14,6 +14,12 @@ L = keras.layers
 BATCH = 3
 
 
+@pytest.fixture(autouse=True)
+def same_weights():
+    """At half precision a relu's input near zero may have either sign, with other weights."""
+    keras.utils.set_random_seed(0)
+
+
 class Wrapped(keras.Model):
     """A layer as a model."""
 
