@@ -116,18 +116,21 @@ def _conditions(text: str) -> tuple[str, ...]:
     return conditions
 
 
-def _dim(text: str) -> int | str:
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise ValueError(f"give a number or auto, not {text!r}") from None
+def _or_auto(number: Callable[[str], float]) -> Callable[[str], float | str]:
+    """Reads what a function reads, or "auto"."""
+
+    def read(text: str) -> float | str:
+        try:
+            return text if text == "auto" else number(text)
+        except ValueError:
+            raise ValueError(f"give a number or auto, not {text!r}") from None
+
+    return read
 
 
-def _damping(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise ValueError(f"give a number or auto, not {text!r}") from None
+def _one(text: str) -> tuple[str, ...]:
+    """A value of a flag that may be given several times."""
+    return (text,) if text else ()
 
 
 def _size(text: str) -> int:
@@ -161,7 +164,7 @@ class Config:
         (),
         "A directory that TracInCheckpoint wrote, or a glob of weight files; given several times, "
         "of as many training runs, over which scores are averaged.",
-        lambda text: (text,) if text else (),
+        _one,
         remote=r"gs://.+",
         repeated=True,
     )
@@ -219,7 +222,7 @@ class Config:
         1.0,
         "For --preconditioner: what is added to the second moments, in multiples of their mean "
         "eigenvalue; auto takes the least with which halves of the training set agree on scores.",
-        _damping,
+        _or_auto(float),
         between=(0, math.inf),
     )
     layers: str = _flag(
@@ -238,7 +241,7 @@ class Config:
         1024,
         "Length of an embedding, or auto: the smallest with which a pilot sample reaches "
         "--recall; a later run into the same output keeps it.",
-        _dim,
+        _or_auto(int),
         at_least=1,
         at_most=1 << 20,
         embeddings=True,
@@ -295,7 +298,7 @@ class Config:
         (),
         "Also give the proponents and opponents of the mean of some test examples: wrong, right, "
         "label=…, prediction=…, group=… or shard=…, or several with &; may be given several times.",
-        lambda text: (text,) if text else (),
+        _one,
         repeated=True,
     )
     index: str = _flag(
