@@ -232,6 +232,8 @@ def test_a_wrong_target_of_a_regression_comes_first(tmp_path):
     columns = np.concatenate([x, np.ones((40, 1))], axis=1)
     fitted = columns[17] @ np.linalg.lstsq(columns[rest], y[rest], rcond=None)[0]
     assert signals[17]["suggested_label"] == pytest.approx(fitted, abs=0.2)
+    # Its score is by how far off the others are: far more than three standard deviations.
+    assert score[17] > 0.75 > np.delete(score, 17).max()
     assert "wrong_labels_low" not in json.loads((folder / "metrics.json").read_text())["metrics"]
 
 

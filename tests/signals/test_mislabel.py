@@ -28,11 +28,12 @@ def test_each_label_by_itself():
 
 
 def test_surprise_of_a_regression():
-    found = mislabel.surprise(np.array([3.0, -3.0]), np.array([[1.0, 1.0], [6.0, 0.0]]))
-    np.testing.assert_allclose(found, [3, 3 / np.sqrt(18)])
+    # Of a normal distribution whose standard deviation is 1 the mean |x| is √(2/π).
+    usual = np.sqrt(2 / np.pi)
+    found = mislabel.surprise(np.array([3.0, -3.0, 3.0]), np.array([1, 2, -1]) * usual, usual)
+    np.testing.assert_allclose(found, [3, 1.5, 15])
     assert mislabel.as_score(found)[0] == pytest.approx(0.75)
-    exact = mislabel.surprise(np.array([1.0, 0.0]), np.zeros((2, 2)))
-    assert np.isfinite(exact).all()
+    assert np.isfinite(mislabel.surprise(np.array([1.0, 0.0]), np.zeros(2), 0.0)).all()
 
 
 def test_confident_class_by_hand():

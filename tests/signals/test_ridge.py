@@ -106,3 +106,12 @@ def test_planted_labels_come_first():
     worst = np.argsort(-mislabel.scores(m, given))[:60]
     assert (worst < 60).mean() > 0.9
     assert (mislabel.suggestions(m)[:60] == label[:60]).mean() > 0.9
+
+
+def test_other_targets_of_the_same_examples(fitted):
+    other = np.abs(Y[:, :1] - 0.3) + PHI[:, :1]
+    again = ridge.refitted(fitted, other.sum(axis=0), PHI.T @ other)
+    expected = ridge.fit(ridge.sums(PHI, other))
+    np.testing.assert_allclose(
+        ridge.leave_one_out(again, 2, PHI, other), ridge.leave_one_out(expected, 2, PHI, other)
+    )

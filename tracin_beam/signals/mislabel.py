@@ -14,6 +14,7 @@ import numpy as np
 # that are worth it; of a normal distribution the point that nineteen in twenty lie below.
 _SUREST, _FEWEST = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5), 40
 _Z = 1.645
+_LEAST_SPREAD = 0.2  # of the mean one
 
 
 def first_half(checkpoints: int) -> int:
@@ -116,20 +117,21 @@ def separate_scores(m: np.ndarray, label: np.ndarray) -> np.ndarray:
     return np.clip(np.where(label > 0.5, 1 - m, m), 0, 1)
 
 
-def surprise(residual: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+def surprise(residual: np.ndarray, local: np.ndarray, everywhere: float) -> np.ndarray:
     """Of a regression: how far a target is from what the others say, by how far they are there.
 
     Args:
       residual: float [n], target less its leave-one-out output.
-      neighbours: float [n, k], the same of each example's nearest neighbours, itself left out.
+      local: float [n], the mean |residual| that is expected of an example like it.
+      everywhere: the mean |residual| of all.
 
     Returns:
-      float64 [n]: |residual| over the root of their mean square; see `as_score`.
+      float64 [n]: |residual| over the standard deviation of a normal distribution with this mean
+      |residual|; see `as_score`.
     """
-    local = np.sqrt(np.square(neighbours).mean(axis=1))
-    everywhere = np.sqrt(np.square(residual).mean())
-    # A region that is fitted to the last digit must not make noise of it.
-    return np.abs(residual) / np.maximum(local, 1e-3 * everywhere + 1e-30)
+    # Where it is expected to be next to nothing, or less, the fit has only too little to go by.
+    expected = np.maximum(local, _LEAST_SPREAD * everywhere + 1e-30)
+    return np.abs(residual) / (np.sqrt(np.pi / 2) * expected)
 
 
 def as_score(surprise: np.ndarray) -> np.ndarray:

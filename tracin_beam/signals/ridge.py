@@ -140,6 +140,19 @@ def leave_one_out(
     return (output - leverage * target) / (1 - leverage)
 
 
+def refitted(fitted: Fitted, target: np.ndarray, phi_target: np.ndarray) -> Fitted:
+    """A fit of other targets of the same examples.
+
+    Args:
+      fitted: to them.
+      target: [K], Σ y of the other targets.
+      phi_target: [D, K], Σ φyᵀ.
+    """
+    constant = target / fitted.count
+    centred = phi_target - fitted.count * np.outer(fitted.mean, constant)
+    return dataclasses.replace(fitted, constant=constant, projected=fitted.vectors.T @ centred)
+
+
 def errors(fitted: Fitted, phi: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Summed squared leave-one-out errors of some training examples, by λ: float64 [L].
 

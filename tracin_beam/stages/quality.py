@@ -436,6 +436,29 @@ def choices(judged: Mapping[tuple[int, str, bool], np.ndarray], cohort: str) -> 
     return found
 
 
+def spread(
+    result: ShardResult,
+    night: Night,
+    fits: Mapping[int, str],
+    judged: Mapping[tuple[int, str, bool], np.ndarray],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Of a regression, Σ |residual| and below it Σ φ |residual| of a shard: float64 [1 + D, 1]."""
+    if night.kind != "regression":
+        return
+    cohort = night.cohorts.get(result.shard.path, "new")
+    ridges, chosen = _read_fits(fits), choices(judged, cohort)
+    found: dict[int, np.ndarray] = {}
+    for rows, described in night.read(result):
+        target, known = _targets(night, rows[-1], described[0])
+        for place, one in ridges.items():
+            phi, y = described[place].features[known].astype(np.float64), target[known]
+            output = ridge.leave_one_out(one, chosen[place].place, phi, y)
+            size = np.abs(y - output)
+            some = np.concatenate([size.sum(axis=0)[None], phi.T @ size])
+            found[place] = found.get(place, 0) + some
+    yield from found.items()
+
+
 def signals_of(
     night: Night,
     shard: str,
@@ -443,6 +466,7 @@ def signals_of(
     described: Sequence[Features],
     ridges: Mapping[int, ridge.Fitted],
     choices: Mapping[int, Choice],
+    spreads: Mapping[int, np.ndarray],
     near: Mapping[str, np.ndarray],
 ) -> pa.Table:
     """Rows of `signals.parquet` for the same examples at every checkpoint.
@@ -453,6 +477,7 @@ def signals_of(
       rows, described: of the examples, by checkpoint.
       ridges: by place of the checkpoint.
       choices: those of the shard's cohort.
+      spreads: of all shards, see `spread`.
       near: the columns of `neighbours.COLUMNS`.
     """
     last = rows[-1]
@@ -472,10 +497,18 @@ def signals_of(
     ratio, suggested = np.full(size, np.nan), np.full(size, np.nan)
     others = {name: np.full(size, np.nan) for name in OTHERS}
     if night.kind == "regression":
-        residual = target[:, 0] - outputs[:, :, 0].mean(axis=1)
-        usual = np.mean([choices[place].error for place in night.places])
-        score = mislabel.as_score(np.abs(residual) / np.sqrt(usual + 1e-30))
         suggested = outputs[:, :, 0].mean(axis=1)
+        residual = target[:, 0] - suggested
+        local, everywhere = np.zeros(size), 0.0
+        for i, place in enumerate(night.places):
+            # How far off examples like it are, by a regression of |residual| in its turn.
+            fit = ridge.refitted(ridges[place], spreads[place][0], spreads[place][1:])
+            far = np.abs(target - outputs[:, i])
+            phi = described[place].features
+            local += ridge.leave_one_out(fit, choices[place].place, phi, far)[:, 0]
+            everywhere += float(fit.constant[0])
+        parts = len(night.places)
+        score = mislabel.as_score(mislabel.surprise(residual, local / parts, everywhere / parts))
     else:
         q = np.stack(
             [
@@ -543,6 +576,7 @@ class WriteSignals(beam.DoFn):
         result: ShardResult,
         fits: Mapping[int, str],
         judged: Mapping[tuple[int, str, bool], np.ndarray],
+        spreads: Mapping[int, np.ndarray],
         suspects: Sequence[Mapping[str, Any]],
     ) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
         night, ridges, summaries = self._night, _read_fits(fits), []
@@ -555,7 +589,9 @@ class WriteSignals(beam.DoFn):
                 done += len(rows[-1])
                 at = slice(done - len(rows[-1]), done)
                 some = {name: column[at] for name, column in near.items()}
-                piece = signals_of(night, result.shard.path, rows, described, ridges, mine, some)
+                piece = signals_of(
+                    night, result.shard.path, rows, described, ridges, mine, spreads, some
+                )
                 classes, first = night.kind == "classification", rows[0].prediction
                 summaries.append(nights.summary(piece, classes, result.shard.identity, first))
                 yield piece
@@ -623,12 +659,21 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
         | "Judge" >> beam.FlatMap(judged, night, beam.pvalue.AsDict(fits))
         | "AddTables" >> beam.CombinePerKey(_added)
     )
+    spreads = (
+        shards
+        | "Spread"
+        >> beam.FlatMap(
+            spread, night, beam.pvalue.AsDict(fits), beam.pvalue.AsDict(tables_of_judged)
+        )
+        | "AddSpreads" >> beam.CombinePerKey(_added)
+    )
     suspects = every | "Neighbours" >> around.Neighbours(night)
     judged_ones = every | "Training" >> beam.Filter(lambda result: result.set_name == TRAIN)
     parts = judged_ones | "Signals" >> beam.ParDo(
         WriteSignals(night),
         beam.pvalue.AsDict(fits),
         beam.pvalue.AsDict(tables_of_judged),
+        beam.pvalue.AsDict(spreads),
         beam.pvalue.AsList(suspects),
     )
     found = (
