@@ -3,124 +3,208 @@
     python nights.py [--data ../../shared/data]
 
 A network is trained on the first 10,000 examples. Of the other 60,000, in a random order, two
-shards arrive on each of up to thirty nights. Scores are those of a leave-one-out ridge on the
-network's last hidden layer at an early checkpoint, averaged with its probabilities,
-(2 mean q + mean p) / 3. All gates are the defaults. In a second run of each night one per cent of
-the labels of one new shard have another class, drawn at random, and the night should raise an
-alarm.
+shards arrive on each of up to thirty nights; where the cohorts are known, the model has not seen
+them. All gates are the defaults. In a second run of each night one per cent of the labels of one
+new shard have another class, drawn at random, and the night should raise an alarm. On the first
+three nights there is little to compare with; they are counted by themselves.
+
+A second table says how often a new shard of 1,000 is seen by how many labels are wrong in all
+shards, and how many more in it: fourteen others that the model has not seen either are compared
+with, and the probability is below half of the gate's, as on a night on which two come.
 """
 
 import argparse
+import dataclasses
 import pathlib
+import tempfile
 
 import keras
 import numpy as np
 import pyarrow as pa
 
-from tracin_beam.signals import gates, nights
+import tracin_beam
+from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
+from tracin_beam.inputs.checkpoints import read_checkpoints
+from tracin_beam.signals import gates, mislabel, nights, ridge
 
-TRAINED, SEEDS, CLASSES = 10_000, 2, 10
-SUSPECT = 0.9  # of a mislabel score
+TRAINED, SEEDS, CLASSES, EPOCHS, DIM, FIRST = 10_000, 2, 10, 8, 256, 3
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def network(x: np.ndarray, y: np.ndarray) -> keras.Model:
-    """784-128-64-10 after two epochs, its half of four."""
-    keras.utils.set_random_seed(0)
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What checkpoints make of all examples.
+
+    Attributes:
+      y: int [n], labels.
+      logs: [n, C, K], log-probabilities.
+      phi: [n, C', D], features at some checkpoints of the first half.
+    """
+
+    y: np.ndarray
+    logs: np.ndarray
+    phi: np.ndarray
+
+
+def network() -> keras.Model:
     layers = keras.layers
-    model = keras.Sequential(
-        [
-            keras.Input((784,)),
-            layers.Dense(128, activation="relu"),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(CLASSES, activation="softmax"),
-        ]
-    )
-    model.compile("adam", "sparse_categorical_crossentropy")
-    model.fit(x, y, batch_size=64, epochs=2, verbose=0)
-    return model
+    inner = [layers.Dense(width, activation="relu") for width in (128, 64)]
+    return keras.Sequential([keras.Input((784,)), *inner, layers.Dense(CLASSES)])
 
 
-def scores(phi: np.ndarray, p: np.ndarray, y: np.ndarray, sums: tuple) -> np.ndarray:
-    """Mislabel scores [n] of some rows, whose own part is in the sums (G, R)."""
-    gram, targets = sums
-    lam = 0.01 * np.trace(gram) / len(gram)
-    inverse = np.linalg.inv(gram + lam * np.eye(len(gram)))
-    one_hot = np.eye(CLASSES)[y]
-    leverage = np.einsum("nd,de,ne->n", phi, inverse, phi)[:, None]
-    out = (phi @ (inverse @ targets) - leverage * one_hot) / (1 - leverage)
-    q = np.exp(5 * (out - out.max(axis=1, keepdims=True)))
-    q /= q.sum(axis=1, keepdims=True)
-    return 1 - ((2 * q + p) / 3)[np.arange(len(y)), y]
+def describe(x: np.ndarray, y: np.ndarray, folder: str) -> Described:
+    """Trains, and takes from the engine what the job takes."""
+    keras.utils.set_random_seed(0)
+    model = network()
+    model.compile("adam", LOSS)
+    saving = tracin_beam.TracInCheckpoint(folder)
+    model.fit(x[:TRAINED], y[:TRAINED], batch_size=64, epochs=EPOCHS, verbose=0, callbacks=[saving])
+    parse = tracin_beam.write_shards((x[:4], y[:4]), f"{folder}/example-*.tfrecord")
+    task = tracin_beam.Task(network, LOSS, parse)
+    few = Batch(x[:4], y[:4], None, None)
+    engine = Engine(task, EngineConfig(dim=DIM), BatchParser(task), few)
+    half = mislabel.first_half(EPOCHS)
+    places = sorted({half - 1, (half - 1) // 2})
+    logs, phi = [], []
+    for place, checkpoint in enumerate(read_checkpoints(folder)):
+        values = engine.values(checkpoint.path)
+        wanted, pieces = place in places, []
+        for at in range(0, len(x), 1000):
+            batch = Batch(x[at : at + 1000], y[at : at + 1000], None, None)
+            pieces.append(engine.describe(values, batch, wanted))
+        logs.append(np.concatenate([piece[0] for piece in pieces]))
+        if wanted:
+            phi.append(np.concatenate([piece[1] for piece in pieces]))
+    return Described(y, np.stack(logs, axis=1).astype(np.float64), np.stack(phi, axis=1))
 
 
-def table(score: np.ndarray, p: np.ndarray, y: np.ndarray, cohort: str) -> pa.Table:
-    """The columns of `signals.parquet` that metrics are made from."""
+def mixed(of: Described, rows: np.ndarray, given: np.ndarray, whole: list) -> np.ndarray:
+    """m [n, K] of some rows, whose own part is in the sums."""
+    target, q = np.eye(CLASSES)[given], []
+    for place, sums in enumerate(whole):
+        phi, fit = of.phi[rows, place], ridge.fit(sums)
+        best = int(ridge.errors(fit, phi, target).argmin())
+        output = ridge.leave_one_out(fit, best, phi, target)
+        warmth = ridge.TEMPERATURES[int(ridge.tempered(output, target)[0].argmax())]
+        q.append(ridge.probabilities(output, warmth))
+    early = np.exp(of.logs[rows, : mislabel.first_half(of.logs.shape[1])])
+    return mislabel.mixed(np.stack(q, axis=1), early)
+
+
+def sums_of(of: Described, rows: np.ndarray, given: np.ndarray) -> list:
+    return [ridge.sums(of.phi[rows, k], np.eye(CLASSES)[given]) for k in range(of.phi.shape[1])]
+
+
+def table(m: np.ndarray, logs: np.ndarray, given: np.ndarray, name: str, cohort: str) -> pa.Table:
+    """The columns of `signals.parquet` that metrics and suspects are made from."""
     return pa.table(
         {
-            "label": y.astype(float),
-            "prediction": p.argmax(axis=1).astype(float),
-            "loss": -np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)),
-            "mislabel_score": score,
-            "cohort": [cohort] * len(y),
+            "id": [f"{name}#{i}" for i in range(len(given))],
+            "shard": [name] * len(given),
+            "label": given.astype(float),
+            "prediction": logs[:, -1].argmax(axis=1).astype(float),
+            "loss": -logs[np.arange(len(given)), -1, given],
+            "mislabel_score": mislabel.scores(m, given),
+            "best_other_ratio": mislabel.best_other_ratio(m, given),
+            "cohort": [cohort] * len(given),
         }
     )
 
 
-def suspects(shards: dict[str, np.ndarray], labels: dict, first: dict, date: str) -> pa.Table:
-    """The columns of `suspects.parquet` that metrics are made from."""
-    rows: dict[str, list] = {n: [] for n in ("id", "kind", "label", "shard", "first_seen")}
-    for shard, score in shards.items():
-        for i in np.flatnonzero(score > SUSPECT):
-            identity = f"{shard}#{i}"
-            rows["id"].append(identity)
-            rows["kind"].append("mislabelled")
-            rows["label"].append(float(labels[shard][i]))
-            rows["shard"].append(shard)
-            rows["first_seen"].append(first.setdefault(identity, date))
-    types = {"label": pa.float64()}
-    return pa.table({n: pa.array(v, types.get(n, pa.string())) for n, v in rows.items()})
+def arrived(
+    of: Described, rows: np.ndarray, given: np.ndarray, whole: list, name: str, cohort: str
+) -> tuple[dict, list[str]]:
+    """What is kept of a shard, and the ids of its suspects."""
+    m, logs = mixed(of, rows, given, whole), of.logs[rows]
+    signals = table(m, logs, given, name, cohort)
+    kept = nights.surprises(nights.surprise(logs, m, cohort), given)
+    wrong = np.flatnonzero(signals["best_other_ratio"].to_numpy() > 1)
+    return {**nights.summary(signals, True, name), **kept}, [f"{name}#{i}" for i in wrong]
 
 
-def sums_of(phi: np.ndarray, y: np.ndarray) -> tuple:
-    return phi.T @ phi, phi.T @ np.eye(CLASSES)[y]
+def suspects_of(ids: dict[str, list[str]], labels: dict, date: dict[str, str]) -> pa.Table:
+    rows = [(name, one) for name, some in ids.items() for one in some]
+    at = [int(one.rpartition("#")[2]) for _, one in rows]
+    return pa.table(
+        {
+            "id": pa.array([one for _, one in rows], pa.string()),
+            "kind": pa.array(["mislabelled"] * len(rows), pa.string()),
+            "label": pa.array(
+                [float(labels[n][i]) for (n, _), i in zip(rows, at, strict=True)], pa.float64()
+            ),
+            "shard": pa.array([name for name, _ in rows], pa.string()),
+            "first_seen": pa.array([date[name] for name, _ in rows], pa.string()),
+        }
+    )
 
 
-def simulate(phi: np.ndarray, p: np.ndarray, y: np.ndarray, size: int, seed: int, told: bool):
+def simulate(of: Described, size: int, seed: int, told: bool) -> tuple[list[bool], list[bool]]:
     """Nights with an alarm, and nights on which the bad shard was seen."""
     rng = np.random.default_rng(seed)
-    order = TRAINED + rng.permutation(len(y) - TRAINED)
+    order = TRAINED + rng.permutation(len(of.y) - TRAINED)
     conditions = gates.parse_all(None, ())
-    whole = sums_of(phi[:TRAINED], y[:TRAINED])
-    summaries, score, labels, first, history = {}, {}, {}, {}, []
-    for k in range(10 if told else 0):  # the shards that were trained on
-        rows = slice(k * 1000, (k + 1) * 1000)
-        name = f"trained-{k}"
-        score[name], labels[name] = scores(phi[rows], p[rows], y[rows], whole), y[rows]
-        summaries[name] = nights.summary(table(score[name], p[rows], y[rows], "trained"), True)
+    whole = sums_of(of, np.arange(TRAINED), of.y[:TRAINED])
+    shards, ids, labels, date, history = {}, {}, {}, {}, []
+    for k in range(10):  # the shards that were trained on
+        rows, name = np.arange(k * 1000, (k + 1) * 1000), f"trained-{k}"
+        labels[name], date[name] = of.y[rows], "00"
+        cohort = "trained" if told else "unknown"
+        shards[name], ids[name] = arrived(of, rows, of.y[rows], whole, name, cohort)
+    made = nights.metrics_of("00", shards, suspects_of(ids, labels, date), history)
+    history.append(made)
     cohort = "new" if told else "unknown"
     false_alarms, seen = [], []
-    for night in range(_nights(size)):
-        date = f"{night:02d}"
-        arrivals = [order[(2 * night + k) * size : (2 * night + k + 1) * size] for k in range(2)]
+    for night in range(1, _nights(size) + 1):
+        today = f"{night:02d}"
+        names = [f"{today}-{k}" for k in range(2)]
+        rows = {n: order[(2 * night - 2 + k) * size :][:size] for k, n in enumerate(names)}
         for bad in (True, False):
-            given = [y[rows].copy() for rows in arrivals]
+            given = {name: of.y[rows[name]].copy() for name in names}
             if bad:
-                flips = rng.choice(size, size // 100, replace=False)
-                given[0][flips] = (given[0][flips] + rng.integers(1, CLASSES, len(flips))) % CLASSES
-            parts = [sums_of(phi[r], g) for r, g in zip(arrivals, given, strict=True)]
-            now = (whole[0] + sum(a for a, _ in parts), whole[1] + sum(b for _, b in parts))
-            tonight, tonight_score, tonight_labels = dict(summaries), dict(score), dict(labels)
-            for k, (rows, g) in enumerate(zip(arrivals, given, strict=True)):
-                name = f"{date}-{k}"
-                tonight_score[name], tonight_labels[name] = scores(phi[rows], p[rows], g, now), g
-                tonight[name] = nights.summary(table(tonight_score[name], p[rows], g, cohort), True)
-            found = suspects(tonight_score, tonight_labels, dict(first) if bad else first, date)
-            made = nights.metrics_of(date, tonight, found, history)
+                some = rng.choice(size, size // 100, replace=False)
+                first = given[names[0]]
+                first[some] = (first[some] + rng.integers(1, CLASSES, len(some))) % CLASSES
+            now = whole
+            for name in names:
+                parts = sums_of(of, rows[name], given[name])
+                now = [a + b for a, b in zip(now, parts, strict=True)]
+            tonight, these = dict(shards), dict(ids)
+            for name in names:
+                tonight[name], these[name] = arrived(of, rows[name], given[name], now, name, cohort)
+            dates = {**date, **dict.fromkeys(names, today)}
+            found = suspects_of(these, {**labels, **given}, dates)
+            made = nights.metrics_of(today, tonight, found, history)
             alarm = any(r["fired"] for r in gates.evaluate(conditions, made, history))
             (seen if bad else false_alarms).append(alarm)
-        whole, summaries, score, labels = now, tonight, tonight_score, tonight_labels
+        whole, shards, ids, date = now, tonight, these, dates
+        labels |= given
         history.append(made)
     return false_alarms, seen
+
+
+def flipped(y: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Labels of which some, drawn at random, are another class."""
+    given = y.copy()
+    some = rng.choice(len(y), round(share * len(y)), replace=False)
+    given[some] = (given[some] + rng.integers(1, CLASSES, len(some))) % CLASSES
+    return given
+
+
+def power(of: Described, base: float, more: float, draws: int = 200, size: int = 1000) -> float:
+    """The share of shards that are seen, with so many wrong labels in all and so many more in it."""
+    rng = np.random.default_rng(0)
+    surprise = nights.surprise(of.logs[TRAINED:], np.zeros(0), "new")
+    y = of.y[TRAINED:]
+    seen = 0
+    for _ in range(draws):
+        shards = rng.permutation(len(y))[: 15 * size].reshape(15, size)
+        shares = [base + more] + [base] * 14
+        one, *others = [
+            nights.surprises(surprise[rows], flipped(y[rows], share, rng))
+            for rows, share in zip(shards, shares, strict=True)
+        ]
+        seen += nights.surprise_probability(one, others) < nights.LEVEL / 2
+    return seen / draws
 
 
 def _nights(size: int) -> int:
@@ -131,25 +215,36 @@ def _nights(size: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../../shared/data"))
-    data = np.load(parser.parse_args().data / "fashion_mnist.npz")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)))
+    args = parser.parse_args()
+    data = np.load(args.data / "fashion_mnist.npz")
     x = np.concatenate([data["x_train"], data["x_test"]]).reshape(-1, 784).astype(np.float32) / 255
     y = np.concatenate([data["y_train"], data["y_test"]]).astype(int)
-    model = network(x[:TRAINED], y[:TRAINED])
-    p = model.predict(x, batch_size=4096, verbose=0).astype(np.float64)
-    hidden = keras.Model(model.inputs, model.layers[-1].input)
-    phi = hidden.predict(x, batch_size=4096, verbose=0).astype(np.float64)
-    phi = np.concatenate([phi - phi[:TRAINED].mean(axis=0), np.ones((len(phi), 1))], axis=1)
-    print("| cohorts | examples in a shard | nights | false alarms by run | bad shards seen |")
-    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        of = describe(x, y, folder)
+    print(
+        "| cohorts | examples in a shard | nights | false alarms by run | seen, first nights ",
+        end="",
+    )
+    print("| seen, later |\n|---|---|---|---|---|---|")
     for told in (True, False):
         for size in (1000, 2500, 5000):
-            runs = [simulate(phi, p, y, size, seed, told) for seed in range(SEEDS)]
+            runs = [simulate(of, size, seed, told) for seed in args.seeds]
             alarms = [sum(false) for false, _ in runs]
-            seen = [s for _, found in runs for s in found]
+            early = [s for _, found in runs for s in found[:FIRST]]
+            late = [s for _, found in runs for s in found[FIRST:]]
             print(
-                f"| {'known' if told else 'not known'} | {size} | {SEEDS} × {_nights(size)} "
-                f"| {', '.join(map(str, alarms))} | {sum(seen)} of {len(seen)} |"
+                f"| {'known' if told else 'not known'} | {size} | {len(runs)} × {_nights(size)} "
+                f"| {', '.join(map(str, alarms))} | {sum(early)} of {len(early)} "
+                f"| {sum(late)} of {len(late)} |",
+                flush=True,
             )
+    more = (0.0, 0.005, 0.01, 0.02, 0.04)
+    print("\n| wrong in all shards |", " | ".join(f"{m:.1%} more" for m in more), "|")
+    print("|---" * (1 + len(more)) + "|")
+    for base in (0.0, 0.01, 0.02, 0.05, 0.1):
+        shares = [f"{power(of, base, extra):.3f}" for extra in more]
+        print(f"| {base:.0%} |", " | ".join(shares), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from tracin_beam import config as config_flags
 from tracin_beam.jobs import options
 from tracin_beam.jobs.registry import JOBS
 
@@ -75,7 +76,8 @@ def check_flags(argv):
             content = yaml.safe_load(Path(flag.removeprefix("--config=")).read_text())
             written += [f"--{name}" for name in content]
     names = {flag.split("=")[0] for flag in written}
-    unknown = names - set(parser._option_string_actions)
+    ours = {f"--{name}" for name in config_flags.flags()}
+    unknown = names - ours - set(parser._option_string_actions)
     assert not unknown
     config, beam_options = options.parse(argv, JOBS["quality"])
     return config, beam_options.get_all_options()

@@ -252,6 +252,15 @@ IMPORT = """
 import json, sys
 from airflow.dag_processing.dagbag import DagBag
 
+def how(task, status):
+    command, task.bash_command = task.bash_command, f"exit {status}"
+    try:
+        task.execute({"ti": None})
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        task.bash_command = command
+
 bag = DagBag(sys.argv[1])
 found = {
     "errors": bag.import_errors,
@@ -262,7 +271,12 @@ found = {
             "catchup": dag.catchup,
             "max_active_runs": dag.max_active_runs,
             "tasks": [
-                {"type": task.task_type, "retries": task.retries, "command": task.bash_command}
+                {
+                    "type": task.task_type,
+                    "retries": task.retries,
+                    "command": task.bash_command,
+                    "ends": {status: how(task, status) for status in range(4)},
+                }
                 for task in dag.tasks
             ],
         }
@@ -308,8 +322,14 @@ class TestAirflow:
 
     def test_what_it_runs(self, dag):
         (task,) = dag["tasks"]
-        assert task["type"] == "BashOperator"
+        assert task["type"] == "Job"
         assert task["retries"] == 2
+        assert task["ends"] == {
+            "0": None,
+            "1": "AirflowException",  # which is tried again
+            "2": "AirflowFailException",
+            "3": "AirflowFailException",
+        }
         _, option, module, job, *argv = task["command"].split()
         assert (option, module) == ("-m", "tracin_beam")
         assert job in JOBS

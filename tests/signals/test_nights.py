@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy import stats
+from scipy.optimize import isotonic_regression
 
 from tracin_beam.signals import nights
 
@@ -145,3 +146,68 @@ def test_shards_of_one_kind_stand_out_on_hardly_any_night():
 def test_the_first_shard_has_nothing_to_be_compared_with():
     history, _ = week(np.random.default_rng(0), nights_count=1, shards=1)
     assert history[0]["by_shard"]["0-0"]["probability"] is None
+
+
+def surprising(seed, wrong=0, count=1000, classes=10):
+    """What is kept of a shard whose labels are as probable as is said, but for some."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 4, (count, classes))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    label = (rng.random((count, 1)) < p.cumsum(axis=1)).argmax(axis=1)
+    label[:wrong] = (label[:wrong] + rng.integers(1, classes, wrong)) % classes
+    return nights.surprises(-np.log(p), label)
+
+
+def test_surprises_are_counted():
+    found = nights.surprises(np.array([[0.3, 1.1], [2.0, 0.1], [5, 5]]), np.array([0, 0, -1]))
+    assert sum(found["surprises"]) == sum(found["if_wrong"]) == 2
+    assert found["surprises"][1] == found["surprises"][8] == 1
+    assert found["if_wrong"][4] == found["if_wrong"][0] == 1
+
+
+@pytest.mark.parametrize("wrong", [0, 4, 8])
+def test_surprise_is_as_probable_as_among_permutations(wrong):
+    one, others = surprising(99, wrong), [surprising(seed) for seed in range(6)]
+    own, rest = np.array(one["surprises"]), np.array([o["surprises"] for o in others])
+    every = own + rest.sum(axis=0)
+    flipped = np.sum([o["if_wrong"] for o in (one, *others)], axis=0) + 0.5
+    given = (every + 0.5) / (every + 0.5).sum()
+    ratio = isotonic_regression(flipped / flipped.sum() / given, weights=given).x
+    gain = np.log(1 + 0.01 * (ratio - 1))
+    draws = np.random.default_rng(0).multivariate_hypergeometric(every, own.sum(), 20_000)
+    expected = (draws @ gain >= own @ gain - 1e-9).mean()
+    found = nights.surprise_probability(one, others)
+    if own @ gain <= every @ gain * own.sum() / every.sum():
+        assert found == 1
+    else:
+        assert found == pytest.approx(expected, rel=0.15, abs=0.003)
+
+
+def test_few_wrong_labels_of_a_new_shard_are_seen_and_right_ones_are_not():
+    others = [surprising(seed) for seed in range(10)]
+    assert nights.surprise_probability(surprising(50, 15), others) < 1e-3
+    least = min(nights.surprise_probability(surprising(seed), others) for seed in range(60, 80))
+    assert least > 1e-3
+
+
+def test_a_shard_is_tested_once():
+    history = []
+    for night in range(70):
+        names = [f"s{k}" for k in range(night // 35 + 2)]
+        shards = {name: nights.summary(signals([0.1]), True, name) for name in names}
+        made = nights.metrics_of(f"{night:03d}", shards, NO_SUSPECTS, history[-60:])
+        assert list(made["arrivals"]) == {0: ["s0", "s1"], 35: ["s2"]}.get(night, [])
+        history.append(made)
+
+
+def test_shards_of_another_model_are_not_compared():
+    others = [surprising(seed) for seed in range(5)]
+
+    def row(kept, model):
+        scores = nights.summary(signals(np.full(1000, 0.1)), True)
+        return {**scores, **kept, "model": model}
+
+    for model, found in (("new", pytest.approx(0, abs=1e-6)), ("old", 1)):
+        shards = {f"o{i}": row(kept, model) for i, kept in enumerate(others)}
+        shards["one"] = row(surprising(50, 30), "new")
+        assert nights.shard_probabilities("d", shards)["one"] == found

@@ -17,6 +17,14 @@ import pyarrow.compute as pc
 # all edges.
 _EDGES = 1 / (1 + np.exp(-np.linspace(-2.0, 10.0, 97)))
 BINS = len(_EDGES) + 1
+# Edges of the bins of −log of a label's probability.
+_SURPRISES = np.arange(1, 81) * 0.25
+SURPRISE_BINS = len(_SURPRISES) + 1
+# The share of labels, drawn at random, that shards are tested for.
+_WRONG = 0.01
+_GRID = 1 << 14  # steps of the statistic whose distribution is wanted
+_OF_ARRIVALS = ("cohort", "identity", "model", "scores", "surprises", "if_wrong")
+_LISTS = ("scores", "surprises", "if_wrong")
 # Shares of the worst scores in which a shard may have too many: what few but certain mistakes
 # look like, and what many uncertain ones do.
 _TAILS = (0.0005, 0.002, 0.01, 0.04)
@@ -86,17 +94,62 @@ def summary(
     return found
 
 
+def surprise(logs: np.ndarray, m: np.ndarray, cohort: str) -> np.ndarray:
+    """How unlikely each class of an example is, −log of its probability: float64 [n, K].
+
+    What says most of a new example's label is the network, which has not seen it, at the second
+    half of the checkpoints, which know most; of others, what the mislabel score is made of.
+
+    Args:
+      logs: [n, C, K], log-probabilities at each checkpoint.
+      m: [n, K], see `mislabel.mixed`.
+      cohort: of the examples.
+    """
+    if cohort == "new":
+        late: np.ndarray = -logs[:, logs.shape[1] // 2 :].mean(axis=1)
+        return late
+    return -np.log(np.maximum(m, 1e-12))
+
+
+def surprises(surprise: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+    """What is kept of a shard, or of some of its rows, to tell whether it has wrong labels.
+
+    Args:
+      surprise: [n, K], how unlikely each class is, −log of its probability.
+      label: int [n], the given class; −1 where there is none.
+
+    Returns:
+      "surprises", counts by bin of the given labels' surprise, and "if_wrong", those of all other
+      labels' instead: what they would be if labels were drawn at random.
+    """
+    rows = np.flatnonzero(label >= 0)
+    others = np.ones((len(rows), surprise.shape[1]), bool)
+    others[np.arange(len(rows)), label[rows]] = False
+    return {
+        "surprises": _counts(surprise[rows, label[rows]]),
+        "if_wrong": _counts(surprise[rows][others]),
+    }
+
+
+def _counts(surprise: np.ndarray) -> list[int]:
+    """Counts by bin, [`SURPRISE_BINS`]."""
+    bins = np.searchsorted(_SURPRISES, surprise, side="right")
+    return [int(count) for count in np.bincount(bins, minlength=SURPRISE_BINS)]
+
+
 def merged(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The sum of summaries; the cohort is the first one's."""
     whole: dict[str, Any] = {}
     classes: dict[str, list[int]] = {}
     for one in summaries:
         if not whole:
-            whole = {**one, "scores": list(one["scores"])}
+            whole = {**one, **{name: list(one[name]) for name in _LISTS if name in one}}
         else:
             for name in _ADDED:
                 whole[name] += one[name]
-            whole["scores"] = [a + b for a, b in zip(whole["scores"], one["scores"], strict=True)]
+            for name in _LISTS:
+                if name in whole:
+                    whole[name] = [a + b for a, b in zip(whole[name], one[name], strict=True)]
         for name, (total, right) in one["classes"].items():
             kept = classes.setdefault(name, [0, 0])
             kept[0], kept[1] = kept[0] + total, kept[1] + right
@@ -128,10 +181,10 @@ def metrics_of(
 
     Returns:
       "date", "metrics" ({name: number}), "by_class", "by_shard" and "by_cohort" ({key: {name:
-      number}}), and "arrivals" (the bins of the shards that came or changed tonight, for the
-      nights to come).
+      number}}), "arrivals" (the bins of the shards that came or changed tonight, for the
+      nights to come) and "known" (which shards there were).
     """
-    before = _arrivals([night for night in history if night.get("date") != date])
+    before = _known([night for night in history if night.get("date") != date])
     probabilities = shard_probabilities(date, shards, history)
     new_suspicious = {path for path, p in probabilities.items() if p is not None and p < LEVEL}
     suspicious = new_suspicious | {
@@ -171,7 +224,7 @@ def metrics_of(
     metrics.update(extra or {})
     arrivals = {
         path: {
-            **{name: one.get(name) for name in ("cohort", "identity", "scores")},
+            **{name: one[name] for name in _OF_ARRIVALS if name in one},
             "suspicious": path in suspicious,
         }
         for path, one in shards.items()
@@ -184,6 +237,10 @@ def metrics_of(
         "by_shard": _by_shard(shards, suspects, probabilities),
         "by_cohort": _by_cohort(shards, suspects),
         "arrivals": arrivals,
+        "known": {
+            path: {"identity": one.get("identity"), "suspicious": path in suspicious}
+            for path, one in shards.items()
+        },
     }
 
 
@@ -192,19 +249,16 @@ def shard_probabilities(
     shards: Mapping[str, Mapping[str, Any]],
     history: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, float | None]:
-    """How probable each shard's share of the worst scores is by chance, for all tests of a night.
+    """How probable by chance as many surprising labels are as each shard has, for a night's tests.
 
-    For each of some small shares q the scores of the shard and of those it is compared with are
-    put together, and the number of the shard's scores among the worst q has a hypergeometric
-    distribution if the shard is like the others: exact, whatever the scores are. If shards differ
-    among themselves by more than chance, counts are divided by that dispersion (McCullagh and
-    Nelder 1989, section 4.5). The least of the four probabilities, times four and times the number
-    of shards tested, is the result (Bonferroni).
+    Of classes see `surprise_probability`. Where there is no such thing, as of a regression, or no
+    shards of the cohort to compare with, `_tail_probability` of the mislabel scores is taken. That
+    times the number of shards tested is the result (Bonferroni).
 
     A shard is compared with the other shards of its cohort tonight, and with those of its cohort
     that came on earlier nights, as they were then. Where these have fewer examples than the shard
-    itself, all other shards are taken, and the dispersion that is assumed is at least 2, as values
-    of examples that were trained on are better.
+    itself, the mislabel scores of all other shards are taken, and the dispersion that is assumed is
+    at least 2, as values of examples that were trained on are better.
 
     Args:
       date: of the night; its own entries in the history are left out.
@@ -215,23 +269,106 @@ def shard_probabilities(
       By path of the shards that came or changed, in [0, 1]; None where there is nothing to compare
       with.
     """
-    earlier = _arrivals([night for night in history if night.get("date") != date])
-    usual = {path: one for path, one in earlier.items() if not one.get("suspicious")}
+    nights_before = [night for night in history if night.get("date") != date]
+    earlier, known = _arrivals(nights_before), _known(nights_before)
     # A shard that was there before was tested when it came.
-    tested = [path for path, one in shards.items() if not _is_known(path, one, earlier)]
-    bad = {path for path, one in earlier.items() if one.get("suspicious")}
+    tested = [path for path, one in shards.items() if not _is_known(path, one, known)]
+    bad = {path for path, one in [*known.items(), *earlier.items()] if one.get("suspicious")}
+    bad -= set(tested)
     found: dict[str, float | None] = {}
     for path in tested:
         one = shards[path]
         others = [s for other, s in shards.items() if other != path and other not in bad]
-        others += [s for other, s in usual.items() if other not in shards]
-        same = [s["scores"] for s in others if s["cohort"] == one["cohort"]]
-        least = 1.0
-        if sum(map(sum, same)) < sum(one["scores"]):
-            same, least = [s["scores"] for s in others], 2.0
-        p = _tail_probability(np.array(one["scores"]), [np.array(s) for s in same], least)
+        others += [s for other, s in earlier.items() if other not in shards and other not in bad]
+        same = [s for s in others if s["cohort"] == one["cohort"]]
+        alike = [s for s in same if "surprises" in s and s.get("model") == one.get("model")]
+        size = sum(one.get("surprises", ()))
+        if size and sum(sum(s["surprises"]) for s in alike) >= size:
+            p: float | None = surprise_probability(one, alike)
+        else:
+            least = 1.0
+            if sum(sum(s["scores"]) for s in same) < sum(one["scores"]):
+                same, least = others, 2.0
+            own = np.array(one["scores"])
+            p = _tail_probability(own, [np.array(s["scores"]) for s in same], least)
         found[path] = None if p is None else min(1.0, p * len(tested))
     return found
+
+
+def surprise_probability(one: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> float:
+    """How probable a shard's labels are to be as surprising as they are, if it is like others.
+
+    The statistic is the log-likelihood ratio of a hundredth of labels that are drawn at random to
+    none, Σ log(1 + ε (r(s) − 1)) over the examples' surprises s. The ratio r of the densities of
+    surprises of other labels than the given one to those of given labels is from all shards
+    together, in bins, and rises with s. Given all of their surprises, the shard's are a sample
+    without replacement; the statistic's distribution over such samples is had from its
+    characteristic function: the probability is that of a permutation test, but for rounding. If
+    shards differ among themselves by more than chance, counts are divided by that dispersion.
+
+    Args:
+      one: of the shard, with what `surprises` gives.
+      others: the same of shards that it is compared with, with as many examples at least.
+
+    Returns:
+      In [0, 1].
+    """
+    own = np.array(one["surprises"], np.float64)
+    rest = np.array([other["surprises"] for other in others], np.float64)
+    every = own + rest.sum(axis=0)
+    wrong = np.sum([other["if_wrong"] for other in [one, *others]], axis=0, dtype=np.float64)
+    given = (every + 0.5) / (every + 0.5).sum()
+    ratio = _rising((wrong + 0.5) / (wrong + 0.5).sum() / given, given)
+    gain = np.log1p(_WRONG * (ratio - 1))
+    gain -= gain @ every / every.sum()
+    spread = max(1.0, _overdispersion(rest @ gain, rest.sum(axis=1), gain**2 @ every / every.sum()))
+    drawn = own.sum() / every.sum()
+    deviation = math.sqrt(max(drawn * (1 - drawn) * (gain**2 @ every), 1e-300) / spread)
+    # So fine a grid that its length is 64 standard deviations.
+    unit = max(64 * deviation / _GRID, (gain.max() - gain.min()) / 1000, 1e-300)
+    steps = np.round(gain / unit).astype(int)
+    middle = drawn * (every @ steps) / spread
+    at = int(np.ceil(own @ steps / spread - 1e-9))
+    if at <= middle:
+        return 1.0
+    if at - middle > _GRID / 2:
+        return 0.0
+    values, which = np.unique(steps, return_inverse=True)
+    counts = np.bincount(which, every) / spread
+    frequencies = 2 * np.pi * np.arange(_GRID // 2 + 1) / _GRID
+    turned = np.exp(1j * np.outer(frequencies, values))
+    characteristic = np.exp(np.log(1 - drawn + drawn * turned) @ counts)
+    density = np.fft.irfft(characteristic.conj(), _GRID)
+    above = np.arange(at, int(middle + _GRID / 2))
+    return float(np.clip(density[above % _GRID].sum(), 0, 1))
+
+
+def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The rising sequence with the least weighted squared error (pool adjacent violators)."""
+    blocks: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        block = (float(value), float(weight), 1)
+        while blocks and blocks[-1][0] >= block[0]:
+            before = blocks.pop()
+            both = before[1] + block[1]
+            mean = (before[0] * before[1] + block[0] * block[1]) / both
+            block = (mean, both, before[2] + block[2])
+        blocks.append(block)
+    return np.repeat([block[0] for block in blocks], [block[2] for block in blocks])
+
+
+def _overdispersion(sums: np.ndarray, sizes: np.ndarray, variance: float) -> float:
+    """How much sums over shards vary, over what they would by chance; 1 if that is no wonder.
+
+    Args:
+      sums: over each shard, of a number whose mean over all is 0.
+      sizes: examples of each.
+      variance: of the number.
+    """
+    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
+    if len(sums) < 5 or not variance:
+        return 1.0
+    return _beyond_chance(sums**2 / (sizes * variance))
 
 
 def _tail_probability(own: np.ndarray, others: Sequence[np.ndarray], least: float) -> float | None:
@@ -281,7 +418,12 @@ def _dispersion(hits: np.ndarray, sizes: np.ndarray) -> float:
         return 1.0
     share = hits.sum() / sizes.sum()
     squares = (hits - expected) ** 2 / (expected * max(1 - share, 1e-9))
-    freedom = len(hits) - 1
+    return _beyond_chance(squares)
+
+
+def _beyond_chance(squares: np.ndarray) -> float:
+    """The mean of squared deviations over their variances; 1 where that is no wonder."""
+    freedom = len(squares) - 1
     # One bad shard among them must not make all others' differences look usual.
     rest = (squares.sum() - squares.max()) / max(freedom - 1, 1)
     chance = 1 + 2 * math.sqrt(2 / freedom)
@@ -296,6 +438,12 @@ def _arrivals(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, An
             if len(one["scores"]) == BINS:
                 found[path] = one
     return found
+
+
+def _known(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Shards that were tested, by path: those of the last night, and that came of late."""
+    last: Mapping[str, Any] = history[-1].get("known", {}) if history else {}
+    return {**_arrivals(history), **last}
 
 
 def _is_known(path: str, one: Mapping[str, Any], arrivals: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -41,7 +41,7 @@ from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
-VERSION = 1  # of the signals
+VERSION = 2  # of the signals
 _VERSION = 2  # of the feature files
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
 
@@ -92,6 +92,11 @@ class Night:
     kind: str
     cohorts: Mapping[str, str]
     trusted: frozenset[str] = frozenset()
+
+    @property
+    def model(self) -> str:
+        """A digest of the checkpoints: what they say is not comparable with what others said."""
+        return runs.digest([checkpoint.identity for checkpoint in self.checkpoints])
 
     @property
     def places(self) -> list[int]:
@@ -468,7 +473,7 @@ def signals_of(
     choices: Mapping[int, Choice],
     spreads: Mapping[int, np.ndarray],
     near: Mapping[str, np.ndarray],
-) -> pa.Table:
+) -> tuple[pa.Table, dict[str, Any]]:
     """Rows of `signals.parquet` for the same examples at every checkpoint.
 
     Args:
@@ -479,9 +484,13 @@ def signals_of(
       choices: those of the shard's cohort.
       spreads: of all shards, see `spread`.
       near: the columns of `neighbours.COLUMNS`.
+
+    Returns:
+      The rows, and of classes `nights.surprises`.
     """
     last = rows[-1]
     size = len(last)
+    surprises: dict[str, Any] = {}
     target, known = _targets(night, last, described[0])
     logs = np.stack([one.log_probabilities for one in described], axis=1).astype(np.float64)
     outputs = np.stack(
@@ -527,6 +536,9 @@ def signals_of(
             label = np.where(known, target.argmax(axis=1), 0)
             score, suggested = mislabel.scores(m, label), mislabel.suggestions(m).astype(float)
             ratio = mislabel.best_other_ratio(m, label)
+            surprises = nights.surprises(
+                nights.surprise(logs, m, night.cohorts[shard]), np.where(known, label, -1)
+            )
             mean = q.mean(axis=1)
             usual = np.mean([choices[place].usual for place in night.places], axis=0)
             taken = mislabel.confident(mean, usual).astype(float)
@@ -551,7 +563,7 @@ def signals_of(
         "suggested_label": suggested,
         "best_other_ratio": np.where(known, ratio, np.nan),
     }
-    return pa.table(
+    table = pa.table(
         {
             "id": [tables.text(identity) for identity in last.ids],
             "shard": [shard] * size,
@@ -563,6 +575,7 @@ def signals_of(
         },
         schema=SIGNALS,
     )
+    return table, surprises
 
 
 class WriteSignals(beam.DoFn):
@@ -589,11 +602,12 @@ class WriteSignals(beam.DoFn):
                 done += len(rows[-1])
                 at = slice(done - len(rows[-1]), done)
                 some = {name: column[at] for name, column in near.items()}
-                piece = signals_of(
+                piece, surprises = signals_of(
                     night, result.shard.path, rows, described, ridges, mine, spreads, some
                 )
                 classes, first = night.kind == "classification", rows[0].prediction
-                summaries.append(nights.summary(piece, classes, result.shard.identity, first))
+                found = nights.summary(piece, classes, result.shard.identity, first)
+                summaries.append({**found, **surprises, "model": night.model})
                 yield piece
 
         path = night.part(result)
