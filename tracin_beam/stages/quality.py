@@ -41,7 +41,7 @@ from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
-VERSION = 2  # of the signals
+VERSION = 3  # of the signals
 _VERSION = 2  # of the feature files
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
 
