@@ -191,7 +191,7 @@ def flipped(y: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray
 
 
 def power(of: Described, base: float, more: float, draws: int = 200, size: int = 1000) -> float:
-    """The share of shards that are seen, with so many wrong labels in all and so many more in it."""
+    """The share of shards that are seen, some labels wrong in all of them and more in one."""
     rng = np.random.default_rng(0)
     surprise = nights.surprise(of.logs[TRAINED:], np.zeros(0), "new")
     y = of.y[TRAINED:]
