@@ -58,7 +58,7 @@ test: $(INSTALLED)  ## run the tests; PYTEST_ARGS='-k report' chooses some
 	$(BIN)/python -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
 
 test-engines: $(INSTALLED)  ## the same job on Prism, Flink and Spark; ENGINES=prism,flink chooses
-	$(BIN)/python -m pytest tests/engines --engines=$(ENGINES) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/engines --engines=$(ENGINES) $(PYTEST_PROCESSES) $(PYTEST_ARGS)
 
 chaos: $(INSTALLED)  ## kill runs, damage their output and mutate their input; SEED=0 KILLS=100 INPUTS=1000 ENGINE=prism
 	$(BIN)/python tests/chaos/chaos.py --seed=$(SEED) --kills=$(KILLS) --inputs=$(INPUTS) \

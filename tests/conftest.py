@@ -21,6 +21,13 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _beam_remembers():
+    import beam_memo
+
+    beam_memo.install()
+
+
 @pytest.fixture(scope="session")
 def pipeline_options(request):
     return shlex.split(request.config.getoption("--test-pipeline-options"))

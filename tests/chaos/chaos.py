@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "deploy" / "engines")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import beam_memo  # noqa: E402
 import engines  # noqa: E402
 import tiny as t  # noqa: E402
 from fetch import Missing  # noqa: E402
@@ -710,6 +711,7 @@ def main() -> int:
     parser.add_argument("--engine", choices=VICTIMS, default="flink_cluster")
     given = parser.parse_args()
     start = time.monotonic()
+    beam_memo.install()
     summary = run(given)
     print(f"seed {given.seed}, {time.monotonic() - start:.0f} s\n\n{summary}")
     return 1 if summary.bad else 0
