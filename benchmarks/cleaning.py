@@ -7,8 +7,8 @@ tenth of the examples with the highest `mislabel_score` go through `quality verd
 `quality apply`, and the network is trained anew on the cleaned shards. What is recovered is its
 gain in accuracy on held-out examples over the network of the given labels, as a share of what the
 network of the true labels gains. Beside it a tenth at random, and the first tenth by cleanlab's
-normalised margin with three folds. Each network is trained `RUNS` times. What a pair of data set
-and seed gave is kept in `--results`, as in mislabel.py.
+normalised margin with three folds. Each network is trained `RUNS` times. What was
+measured is kept in `--results`, as in mislabel.py.
 """
 
 import contextlib
@@ -71,32 +71,47 @@ def accuracy(of: noisy.Problem, labels: np.ndarray, seed: int) -> float:
     for run in range(RUNS):
         model = noisy.trained(of, of.x, labels, 100 * seed + run)
         found.append((noisy.outputs(of, model, of.x_test).argmax(axis=1) == of.y_test).mean())
-    return float(np.mean(found))
+    return round(float(np.mean(found)), 5)
 
 
-def measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
-    """Accuracy by what the network was trained on."""
+def first_tenth(score: np.ndarray) -> np.ndarray:
+    return np.argsort(-score, kind="stable")[: len(score) // 10]
+
+
+def night_cleaned(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
+    """Accuracy after the review of the first tenth of a night."""
     of = noisy.problem(name, seed, data)
-    tenth = len(of.x) // 10
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         night = mislabel.night(of, seed, pathlib.Path(folder))
-        score = mislabel.signals(of, night.out)["tracin-beam"]
-        first = np.argsort(-score, kind="stable")[:tenth]
-        ours = cleaned(name, of, night, first)
-    reviewed = of.given.copy()
-    reviewed[first] = of.true[first]
-    if (ours != reviewed).any():
+        first = first_tenth(mislabel.signals(of, night.out)["tracin-beam"])
+        labels = cleaned(name, of, night, first)
+    if (labels != reviewed(of, first)).any():
         raise RuntimeError("the cleaned shards have other labels than were decided")
+    return {"tracin-beam": accuracy(of, labels, seed)}
+
+
+def reviewed(of: noisy.Problem, rows: np.ndarray) -> np.ndarray:
+    """The given labels [n], with the true ones of some."""
+    labels = of.given.copy()
+    labels[rows] = of.true[rows]
+    return labels
+
+
+def others_cleaned(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
+    """Accuracy of the given labels, the true ones, and after the review of other tenths."""
+    of = noisy.problem(name, seed, data)
     margin = mislabel.cleanlab(of, mislabel.out_of_sample(of, seed, 3))["normalized_margin"]
-    others = {
-        "cleanlab": np.argsort(-margin, kind="stable")[:tenth],
-        "random": np.random.default_rng(seed).permutation(len(of.x))[:tenth],
+    random = np.random.default_rng(seed).permutation(len(of.x))[: len(of.x) // 10]
+    labels = {
+        "given": of.given,
+        "true": of.true,
+        "cleanlab": reviewed(of, first_tenth(margin)),
+        "random": reviewed(of, random),
     }
-    labels = {"given": of.given, "true": of.true, "tracin-beam": ours}
-    for other, rows in others.items():
-        labels[other] = of.given.copy()
-        labels[other][rows] = of.true[rows]
-    return {key: round(accuracy(of, some, seed), 5) for key, some in labels.items()}
+    return {key: accuracy(of, some, seed) for key, some in labels.items()}
+
+
+SIDES = {"night": night_cleaned, "others": others_cleaned}
 
 
 def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None:
@@ -106,7 +121,11 @@ def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None
     print("\n| " + " | ".join([*heads, *(f"recovered: {way}" for way in ways)]) + " |")
     print("|---" * (len(heads) + len(ways)) + "|")
     for name in problems:
-        some = [results[f"{name}/{s}"] for s in seeds if f"{name}/{s}" in results]
+        some = [
+            results[f"{name}/{s}/night"] | results[f"{name}/{s}/others"]
+            for s in seeds
+            if all(f"{name}/{s}/{side}" in results for side in SIDES)
+        ]
         if not some:
             continue
         column = {key: np.array([r[key] for r in some]) for key in some[0]}
@@ -119,4 +138,4 @@ def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None
 
 
 if __name__ == "__main__":
-    mislabel.command(__doc__, RESULTS, PROBLEMS, measured, show)
+    mislabel.command(__doc__, RESULTS, PROBLEMS, SIDES, show)

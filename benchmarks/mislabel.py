@@ -1,23 +1,24 @@
 """Does a night find wrong labels better than cleanlab does with the same network?
 
-    python mislabel.py --data FOLDER [--problems NAME …] [--seeds 0 1 2] [--seconds 400]
+    python mislabel.py --data FOLDER [--problems NAME …] [--seeds 0 1 2] [--sides night cleanlab]
 
 On each data set of `noisy.py` a network is trained once on the given labels, with
 `TracInCheckpoint`, and the job `quality` with its default flags gives each example a mislabel
 score. Beside it cleanlab's four methods get out-of-sample probabilities of the same network,
-trained once more for each of 3 or 5 folds. What a pair of data set and seed gave is kept in
-`--results`, so that the command goes on where it stopped; it starts no new one after `--seconds`.
+trained once more for each of 3 or 5 folds. What each of both gave on a data set and seed is kept in
+`--results`, so that the command goes on where it stopped; it starts nothing new after `--seconds`.
 `--table` only prints.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import noisy
@@ -148,8 +149,33 @@ def suggested_right(of: noisy.Problem, suggested: np.ndarray, score: np.ndarray)
     return round(float((suggested[first] == of.true[first]).mean()), 4)
 
 
-def measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
-    """What is kept of one data set and seed."""
+def common(of: noisy.Problem, scores: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What is kept of every score."""
+    return {
+        "ap": {k: round(float(average_precision_score(of.wrong, v)), 4) for k, v in scores.items()},
+        "found": {name: found_share(score, of.wrong) for name, score in scores.items()},
+    }
+
+
+def cleanlab_measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
+    """What is kept of cleanlab on a data set and seed."""
+    of = noisy.problem(name, seed, data)
+    scores, suggested = {}, {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for folds in FOLDS:
+            p = out_of_sample(of, seed, folds)
+            for method, score in cleanlab(of, p).items():
+                scores[f"cleanlab {folds}-fold {method}"] = score
+                if not of.regression:
+                    likeliest = p.argmax(axis=1)
+                    suggested[f"cleanlab {folds}-fold {method}"] = suggested_right(
+                        of, likeliest, score
+                    )
+    return {**common(of, scores), "suggested": suggested}
+
+
+def night_measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
+    """What is kept of a night on a data set and seed."""
     of = noisy.problem(name, seed, data)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         out = night(of, seed, pathlib.Path(folder)).out
@@ -160,26 +186,15 @@ def measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
         metrics = json.loads((folder_of_night / "metrics.json").read_text())["metrics"]
     saved = of.epochs // of.every
     result: dict[str, Any] = {"epochs": of.epochs, "checkpoints": saved, "examples": len(of.x)}
-    suggested = {"tracin-beam": table["suggested_label"].to_numpy()}
-    for folds in FOLDS:
-        p = out_of_sample(of, seed, folds)
-        for method, score in cleanlab(of, p).items():
-            scores[f"cleanlab {folds}-fold {method}"] = score
-            if not of.regression:
-                suggested[f"cleanlab {folds}-fold {method}"] = p.argmax(axis=1)
-    wrong = of.wrong
-    result["ap"] = {
-        k: round(float(average_precision_score(wrong, v)), 4) for k, v in scores.items()
-    }
-    result["found"] = {name: found_share(score, wrong) for name, score in scores.items()}
+    result |= {**common(of, scores), "suggested": {}}
     if not of.regression:
-        result["suggested"] = {
-            name: suggested_right(of, labels, scores[name]) for name, labels in suggested.items()
-        }
+        suggested = table["suggested_label"].to_numpy()
+        right = suggested_right(of, suggested, scores["tracin-beam"])
+        result["suggested"]["tracin-beam"] = right
         low, high = metrics["wrong_labels_low"], metrics["wrong_labels_high"]
-        result["range"] = [int(low), int(wrong.sum()), int(high)]
+        result["range"] = [int(low), int(of.wrong.sum()), int(high)]
     mislabelled = suspects[suspects["kind"] == "mislabelled"]
-    is_wrong = wrong[mislabelled["id"].astype(int)]
+    is_wrong = of.wrong[mislabelled["id"].astype(int)]
     confidence = mislabelled["confidence"].to_numpy()
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
     result["confidence"] = [
@@ -193,38 +208,56 @@ def measured(name: str, seed: int, data: pathlib.Path) -> dict[str, Any]:
     return result
 
 
+Measure = Callable[[str, int, pathlib.Path], dict[str, Any]]
+
+
 def command(
-    about: str, path: pathlib.Path, problems: Sequence[str], measure: Callable, show: Callable
+    about: str,
+    path: pathlib.Path,
+    problems: Sequence[str],
+    sides: Mapping[str, Measure],
+    show: Callable[[dict[str, Any], list[str], list[int]], None],
 ) -> None:
-    """Measures the pairs of data set and seed that are not there yet, and prints all.
+    """Measures what is not there yet, and prints all.
 
     Args:
       about: the docstring.
       path: where results are kept.
       problems: names.
-      measure: (name, seed, folder of the data) → what is kept.
-      show: (results, names, seeds) prints.
+      sides: what is measured of each pair of data set and seed, one after the other, by name:
+        (name, seed, folder of the data) → what is kept.
+      show: (results by "name/seed/side", names, seeds) prints.
     """
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../../shared/data"))
     parser.add_argument("--problems", nargs="+", default=list(problems))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sides", nargs="+", choices=list(sides), default=list(sides))
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--results", type=pathlib.Path, default=path)
     parser.add_argument("--table", action="store_true")
     flags = parser.parse_args()
-    results = json.loads(flags.results.read_text()) if flags.results.exists() else {}
+
+    def kept() -> dict[str, Any]:
+        return json.loads(flags.results.read_text()) if flags.results.exists() else {}
+
     start = time.monotonic()
-    wanted = [(name, seed) for seed in flags.seeds for name in flags.problems]
-    for name, seed in wanted if not flags.table else ():
-        key = f"{name}/{seed}"
-        if key in results or time.monotonic() - start > flags.seconds:
+    wanted = itertools.product(flags.seeds, flags.problems, flags.sides)
+    for name, seed, side in ((n, s, i) for s, n, i in wanted) if not flags.table else ():
+        key = f"{name}/{seed}/{side}"
+        if key in kept() or time.monotonic() - start > flags.seconds:
             continue
-        results[key] = measure(name, seed, flags.data)
+        found = sides[side](name, seed, flags.data)
         print(f"{key}: {time.monotonic() - start:.0f} s", flush=True)
-        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(results.items())]
+        # Another process may have added to it meanwhile.
+        lines = [
+            f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted({**kept(), key: found}.items())
+        ]
         flags.results.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    show(results, flags.problems, flags.seeds)
+    show(kept(), flags.problems, flags.seeds)
+
+
+SIDES: Mapping[str, Measure] = {"night": night_measured, "cleanlab": cleanlab_measured}
 
 
 def mean_of(values: Sequence[float]) -> str:
@@ -233,12 +266,19 @@ def mean_of(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ± {spread:.3f}"
 
 
+def both(results: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
+    """What is known of a data set and seed; nothing where a side is not measured yet."""
+    sides = [results.get(f"{name}/{seed}/{side}") for side in SIDES]
+    if None in sides:
+        return {}
+    ours, theirs = sides
+    return ours | {key: ours[key] | theirs[key] for key in ("ap", "found", "suggested")}
+
+
 def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None:
     """Prints the tables."""
-    groups = {
-        name: [results[f"{name}/{s}"] for s in seeds if f"{name}/{s}" in results]
-        for name in problems
-    }
+    groups = {name: [both(results, name, seed) for seed in seeds] for name in problems}
+    groups = {name: [one for one in some if one] for name, some in groups.items()}
     others = ["mean loss", "AUM", "margin", "k-NN", "self-influence"]
     heads = ["data set", "seeds", "tracin-beam", "best of cleanlab", "which", *others]
     print("\n| " + " | ".join(heads) + " | passes: ours, 3-fold, 5-fold |")
@@ -275,7 +315,7 @@ def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None
             for key in ("tracin-beam", rival)
         ]
         for key in ("tracin-beam", rival):
-            known = [r["suggested"][key] for r in some if "suggested" in r]
+            known = [r["suggested"][key] for r in some if key in r["suggested"]]
             cells.append(mean_of(known) if known else "–")
         cells.append(
             "; ".join("{}, {}, {}".format(*r["range"]) for r in some if "range" in r) or "–"
@@ -295,4 +335,4 @@ def show(results: dict[str, Any], problems: list[str], seeds: list[int]) -> None
 
 
 if __name__ == "__main__":
-    command(__doc__, RESULTS, list(noisy.PROBLEMS), measured, show)
+    command(__doc__, RESULTS, list(noisy.PROBLEMS), SIDES, show)

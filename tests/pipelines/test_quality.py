@@ -60,7 +60,13 @@ def judged(train, weights):
         key=lambda q: np.log(q[y > 0]).sum(),
     )
     *_, logits = t.residuals(train, weights)
-    return (2 * q + softmax(logits)) / 3, q
+    distances = np.linalg.norm(phi[:, None] - phi, axis=2)
+    np.fill_diagonal(distances, np.inf)
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :10]
+    votes = (y[nearest].sum(axis=1) + y.mean(axis=0)) / 11
+    parts = (np.maximum(part, 0.1 / 3) for part in (q, softmax(logits), votes))
+    m = np.prod([part**w for part, w in zip(parts, (3, 2, 1), strict=True)], axis=0) ** (1 / 6)
+    return m / m.sum(axis=1, keepdims=True), q
 
 
 def confident_joint(q, label):
@@ -84,10 +90,11 @@ def test_signals_by_hand(job):
     given = m[np.arange(len(train)), label]
     # Probabilities are kept as logs in float16.
     close = {"rtol": 2e-3, "atol": 1e-3}
-    np.testing.assert_allclose([r["mislabel_score"] for r in signals], 1 - given, **close)
     assert [r["suggested_label"] for r in signals] == m.argmax(axis=1).tolist()
     others = np.where(np.eye(3)[label] > 0, -1, m).max(axis=1)
     np.testing.assert_allclose([r["best_other_ratio"] for r in signals], others / given, **close)
+    score = 1 / (1 + given / np.sqrt(others))
+    np.testing.assert_allclose([r["mislabel_score"] for r in signals], score, **close)
     logits = np.stack([t.residuals(train, w)[2] for w in job.weights], axis=1)
     own = np.take_along_axis(logits, label[:, None, None], axis=2)[:, :, 0]
     rest = np.where(np.eye(3)[label][:, None] > 0, -np.inf, logits).max(axis=2)

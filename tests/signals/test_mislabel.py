@@ -10,7 +10,8 @@ LABEL = np.array([1, 2])
 
 
 def test_score_suggestion_and_ratio():
-    np.testing.assert_allclose(mislabel.scores(M, LABEL), [0.8, 0.6])
+    expected = [1 / (1 + 0.2 / np.sqrt(0.7)), 1 / (1 + 0.4 / np.sqrt(0.3))]
+    np.testing.assert_allclose(mislabel.scores(M, LABEL), expected)
     assert mislabel.suggestions(M).tolist() == [0, 2]
     np.testing.assert_allclose(mislabel.best_other_ratio(M, LABEL), [3.5, 0.75])
 
@@ -20,6 +21,18 @@ def test_mixture_over_checkpoints():
     p = np.array([[[0.2, 0.8], [0.4, 0.6]]])
     np.testing.assert_allclose(mislabel.mixed(q, p), [[(2 * 0.7 + 0.3) / 3, (2 * 0.3 + 0.7) / 3]])
     assert [mislabel.first_half(c) for c in (1, 2, 3, 10)] == [1, 1, 1, 5]
+
+
+def test_product_of_three_and_votes():
+    votes = mislabel.votes(np.array([[0, 0, 1, np.nan]]), np.array([0.5, 0.5]))
+    np.testing.assert_allclose(votes, [[2.5 / 4, 1.5 / 4]])
+    q, p = np.array([[[0.9, 0.1], [0.5, 0.5]]]), np.array([[1.0, 0.0]])
+    m = mislabel.joined(q, p, votes)
+    parts = 0.7**3 * 1**2 * 0.625, 0.3**3 * 0.05**2 * 0.375
+    np.testing.assert_allclose(m[0, 0] / m[0, 1], (parts[0] / parts[1]) ** (1 / 6))
+    np.testing.assert_allclose(m.sum(axis=1), 1)
+    # Without neighbours the classes' shares are as good as any.
+    np.testing.assert_allclose(mislabel.votes(np.zeros((1, 0)), np.array([0.2, 0.8])), [[0.2, 0.8]])
 
 
 def test_each_label_by_itself():

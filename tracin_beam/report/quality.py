@@ -36,7 +36,7 @@ _KEYS = 1 << 16  # first halves of float32 numbers
 
 # What a column is, for who points at its plot; others are shown by their names alone.
 SIGNALS = {
-    "mislabel_score": "1 − probability of the given label by all other examples",
+    "mislabel_score": "how unlikely the given label is beside another",
     "loss": "at the last checkpoint",
     "best_other_ratio": "probability of the best other label over that of the given one",
     "aum": "mean margin of the given label's logit over the checkpoints",

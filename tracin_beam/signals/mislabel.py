@@ -1,11 +1,13 @@
 """How likely another label than the given one is, from the other examples and the network.
 
-    m = (2·mean q + mean p) / 3
+    m ∝ (q³ p² v)^(1/6)
 
-over the first half of the checkpoints: q from `ridge` on label-free features, with the example
-itself left out, and p the network's own probabilities, which have seen the label. Early checkpoints
-are taken since late ones have learnt the wrong labels too. 1 − m[given label] ranks examples; it is
-no calibrated probability.
+of three that err in different ways: q from `ridge` on label-free features of the first half of the
+checkpoints, with the example itself left out, a mean over checkpoints; p, the network's own
+probabilities in the middle of training, which have seen the label; and v, the votes of the nearest
+others in these features. Early checkpoints are taken since late ones have learnt the wrong labels
+too. The score of the given label against the best other one is no probability; see
+`confidence`.
 """
 
 import numpy as np
@@ -23,19 +25,51 @@ def first_half(checkpoints: int) -> int:
 
 
 def mixed(q: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """m [n, K], from leave-one-out and network probabilities [n, C', K] of early checkpoints."""
+    """(2·mean q + mean p) / 3 of [n, C', K] at early checkpoints: [n, K], a simple m."""
     return (2 * q.mean(axis=1) + p.mean(axis=1)) / 3
 
 
+def joined(q: np.ndarray, p: np.ndarray, votes: np.ndarray) -> np.ndarray:
+    """m of classes: float64 [n, K].
+
+    A product lets what is sure of a class outweigh what is not; none of the three counts for less
+    than a tenth of an even share, so that none rules a class out.
+
+    Args:
+      q: [n, C', K], leave-one-out probabilities at early checkpoints.
+      p: [n, K], the network's, at `first_half`'s last.
+      votes: [n, K], see `votes`.
+    """
+    least = 0.1 / p.shape[1]
+    logs = (np.log(np.maximum(part, least)) for part in (q.mean(axis=1), p, votes))
+    m = np.exp(sum(w * part for w, part in zip((3, 2, 1), logs, strict=True)) / 6)
+    return m / m.sum(axis=1, keepdims=True)
+
+
+def votes(labels: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Shares of classes among an example's neighbours and one more, like all examples: [n, K].
+
+    Args:
+      labels: [n, k], of the neighbours; what is no class does not vote.
+      shares: [K], of classes among all examples.
+    """
+    same = labels[:, :, None] == np.arange(len(shares))
+    counted = same.sum(axis=1) + shares
+    return counted / counted.sum(axis=1, keepdims=True)
+
+
 def scores(m: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """1 − m of the given class: float64 [n], in [0, 1], 1 the worst.
+    """How bad the given label is: 1 / (1 + m_given / √m_other), float64 [n] in [0, 1], 1 the worst.
+
+    Between 1 − m_given, which is best where any other label may have been given, and the ratio to
+    the best other one, which is best where labels are taken for one that is alike.
 
     Args:
       m: [n, K].
       label: int [n], the given class.
     """
-    given: np.ndarray = np.take_along_axis(m, label[:, None], axis=1)[:, 0]
-    return np.clip(1 - given, 0, 1)
+    given, other = _given_and_other(m, label)
+    return 1 / (1 + given / np.sqrt(np.maximum(other, 1e-12)))
 
 
 def suggestions(m: np.ndarray) -> np.ndarray:
@@ -48,10 +82,15 @@ def best_other_ratio(m: np.ndarray, label: np.ndarray) -> np.ndarray:
 
     Above 1 another label is likelier; near 1 the example may be ambiguous.
     """
-    given = np.take_along_axis(m, label[:, None], axis=1)[:, 0]
+    given, other = _given_and_other(m, label)
+    return other / np.maximum(given, 1e-12)
+
+
+def _given_and_other(m: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """m of the given class, and of the likeliest other one: [n] each."""
     others = m.copy()
     np.put_along_axis(others, label[:, None], -np.inf, axis=1)
-    return others.max(axis=1) / np.maximum(given, 1e-12)
+    return np.take_along_axis(m, label[:, None], axis=1)[:, 0], others.max(axis=1)
 
 
 def confident(q: np.ndarray, usual: np.ndarray) -> np.ndarray:

@@ -488,6 +488,8 @@ def _columns(
     columns = {name: function(around) for name, function in neighbours.COLUMNS.items()}
     if site.kind == "regression":
         columns["neighbour_agreement"][:] = np.nan
+    if site.kind == "classification":
+        columns["labels"] = labels
     return columns
 
 
@@ -573,7 +575,10 @@ def _shifts(site: Site, whole: _Whole) -> Iterator[dict[str, Any]]:
 
 
 def read_columns(site: Site, result: ShardResult) -> Mapping[str, np.ndarray]:
-    """A shard's columns of `neighbours.COLUMNS`: float64 [n] each."""
+    """A shard's columns of `neighbours.COLUMNS`, float64 [n] each.
+
+    Of classes also "labels" of the nearest others, float32 [n, k].
+    """
     return arrays.read(columns_of(site, result))
 
 

@@ -41,7 +41,7 @@ from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
-VERSION = 3  # of the signals
+VERSION = 4  # of the signals
 _VERSION = 2  # of the feature files
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
 
@@ -483,13 +483,15 @@ def signals_of(
       ridges: by place of the checkpoint.
       choices: those of the shard's cohort.
       spreads: of all shards, see `spread`.
-      near: the columns of `neighbours.COLUMNS`.
+      near: see `neighbours.read_columns`.
 
     Returns:
       The rows, and of classes `nights.surprises`.
     """
     last = rows[-1]
     size = len(last)
+    near = dict(near)
+    labels_around = near.pop("labels", np.zeros((size, 0)))
     surprises: dict[str, Any] = {}
     target, known = _targets(night, last, described[0])
     logs = np.stack([one.log_probabilities for one in described], axis=1).astype(np.float64)
@@ -534,11 +536,13 @@ def signals_of(
             score = mislabel.separate_scores(m, target).max(axis=1)
         else:
             label = np.where(known, target.argmax(axis=1), 0)
-            score, suggested = mislabel.scores(m, label), mislabel.suggestions(m).astype(float)
-            ratio = mislabel.best_other_ratio(m, label)
             surprises = nights.surprises(
                 nights.surprise(logs, m, night.cohorts[shard]), np.where(known, label, -1)
             )
+            shares = ridges[night.places[-1]].constant
+            m = mislabel.joined(q, p[:, -1], mislabel.votes(labels_around, shares))
+            score, suggested = mislabel.scores(m, label), mislabel.suggestions(m).astype(float)
+            ratio = mislabel.best_other_ratio(m, label)
             mean = q.mean(axis=1)
             usual = np.mean([choices[place].usual for place in night.places], axis=0)
             taken = mislabel.confident(mean, usual).astype(float)
