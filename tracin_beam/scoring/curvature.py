@@ -12,6 +12,7 @@ dictionary of float64 arrays, which `numpy.savez` writes:
     <i>/diagonal       of a weight without factors, Σ g²: [N]
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,12 @@ def scaled(sums: Sums, factor: float) -> dict[str, np.ndarray]:
 
 
 def of_embeddings(rows: np.ndarray) -> np.ndarray:
-    """Σ s sᵀ of float [n, D]: float64 [D, D]."""
-    wide = rows.astype(np.float64)
-    return wide.T @ wide
+    """Σ s sᵀ of float32 [n, D]: float64 [D, D].
+
+    Sums of some thousand rows are as good in float32, and cost a quarter: the product of a matrix
+    with itself is symmetric, which BLAS knows.
+    """
+    return (rows.T @ rows).astype(np.float64)
 
 
 class Curvature:
@@ -65,11 +69,14 @@ class Curvature:
         self._damping = damping
         self._inverse: np.ndarray | None = None
         self._parts: dict[str, Kronecker | np.ndarray] = {}
+        # A process's threads share it, and each inverse is to be taken once.
+        self._lock = threading.Lock()
 
     def solve(self, rows: np.ndarray) -> np.ndarray:
         """(R + κ tr(R)/D I)⁻¹ s of float [n, D]: float64 [n, D]."""
-        if self._inverse is None:
-            self._inverse = inverse(self._means["R"], self._damping)
+        with self._lock:
+            if self._inverse is None:
+                self._inverse = inverse(self._means["R"], self._damping)
         return rows.astype(np.float64) @ self._inverse
 
     def precondition(self, gradients: Sequence[Any]) -> list[Any]:
@@ -130,9 +137,10 @@ class Curvature:
         return sorted({name.partition("/")[0] for name in self._means} - {"R", "H"})
 
     def _of_part(self, part: str) -> "Kronecker | np.ndarray":
-        if part not in self._parts:
-            self._parts[part] = self._inverted(part)
-        return self._parts[part]
+        with self._lock:
+            if part not in self._parts:
+                self._parts[part] = self._inverted(part)
+            return self._parts[part]
 
     def _inverted(self, part: str) -> "Kronecker | np.ndarray":
         if f"{part}/A" in self._means:

@@ -21,7 +21,6 @@ from tracin_beam.stages.joining import Census, Group, Join
 from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.rescore import records_at
 from tracin_beam.storage import arrays, embeddings, files, marks, runs
-from tracin_beam.storage.embeddings import Embeddings
 
 # Examples of a group that K-FAC's factors are taken from, evenly spread over it.
 SAMPLED = 8192
@@ -32,21 +31,23 @@ _COUNTED = (*("sums_found", "sums_made", "embeddings", "records", "read_msec", "
 
 
 def _of_embeddings(join: Join, group: Group, place: int, tally: Tally) -> dict[str, np.ndarray]:
-    """Σ s sᵀ over a group's examples."""
-    total: dict[str, np.ndarray] = {}
-    parts: Iterator[Embeddings] = (
-        part
-        for r in group.shards
-        for (part,) in embeddings.read_checkpoints(
-            [join.files(runs.TRAIN, r.shard)[place]], r.excluded
-        )
-    )
-    for part in timed(parts, tally, "read"):
-        tally.add("embeddings", len(part))
-        with tally.timed("compute"):
-            half, rest = (curvature.of_embeddings(part.embedding[i::2]) for i in (0, 1))
-            total = curvature.added(total, {"R": half + rest, "H": half})
-    return total
+    """Σ s sᵀ over a group's examples, and over every second of each shard's."""
+    dim = join.numbers // len(join.checkpoints)
+    out = np.empty((joining.block_rows(dim) // 2 * 2, dim), np.float32)
+    halves = np.zeros((2, dim, dim))
+    for result in group.shards:
+        path = join.files(runs.TRAIN, result.shard)[place]
+        reader = embeddings.MatrixReader([path], result.excluded)
+        while True:
+            with tally.timed("read"):
+                count = len(reader.read(out))
+            if not count:
+                break
+            tally.add("embeddings", count)
+            with tally.timed("compute"):
+                for i, half in enumerate(halves):
+                    half += curvature.of_embeddings(out[i:count:2])
+    return {"R": halves.sum(axis=0), "H": halves[0]}
 
 
 def _of_gradients(join: Join, group: Group, place: int, tally: Tally) -> dict[str, np.ndarray]:

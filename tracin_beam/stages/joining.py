@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -23,6 +24,10 @@ ALL_PAIRS = 2_000_000
 _BLOCK_ROWS, _BLOCK_BYTES = 4096, 64 << 20
 # Rows of the influence table in one file, at most: they are in memory together when it is made.
 _FILE_ROWS = 200_000
+
+# This process's, of one job at a time, by file and by what it depends on.
+_curvatures: dict[tuple[str, str], Curvature] = {}
+_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +91,23 @@ class Join:
             return float(files.read_json(self.damping_path)["damping"])
         return self.damping
 
-    @functools.cached_property
-    def _curvatures(self) -> dict[int, Curvature]:
-        return {}
-
     def curvature(self, place: int) -> Curvature:
-        """The training set's second moments at the checkpoint of a place, once they are taken."""
-        if place not in self._curvatures:
-            means = arrays.read(self.moments(place))
-            self._curvatures[place] = Curvature(means, self.chosen_damping)
-        return self._curvatures[place]
+        """The training set's second moments at the checkpoint of a place, once they are taken.
+
+        All steps of a process share it, as inverses take seconds.
+        """
+        path, identity = self.moments(place), self._curvature_identity
+        with _lock:
+            if any(known != identity for _, known in _curvatures):
+                _curvatures.clear()
+            if (path, identity) not in _curvatures:
+                means = arrays.read(path)
+                _curvatures[path, identity] = Curvature(means, self.chosen_damping)
+            return _curvatures[path, identity]
+
+    @functools.cached_property
+    def _curvature_identity(self) -> str:
+        return runs.digest(self.score_identity)
 
     @functools.cached_property
     def score_identity(self) -> object:
