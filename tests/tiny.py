@@ -242,6 +242,20 @@ def residuals(some, weights):
     return p - y, np.concatenate([x, np.ones((len(x), 1))], axis=1), logits
 
 
+def kronecker(train, weights):
+    """K-FAC's A ⊗ B of kernel and bias, whose input is a one: float64 [15, 15]."""
+    delta, x, _ = residuals(train, weights)
+    a, b = (np.mean([np.outer(row, row) for row in rows], axis=0) for rows in (x, delta))
+    return np.kron(a, b)
+
+
+def damped(moments, queries, damping=1.0):
+    """(M + κ mean eigenvalue I)⁻¹ of each row, float64 [q, N]."""
+    size = len(moments)
+    ridge = damping * np.linalg.eigvalsh(moments).mean() * np.eye(size)
+    return np.linalg.solve(moments + ridge, queries.T).T
+
+
 def scores(tiny, test, train):
     """TracInCP by checkpoint: float64 [tests, trains, C]."""
     parts = []

@@ -111,9 +111,10 @@ def test_groups_and_slices(tiny, capsys):
     assert tiny.run_json()["groups"] is None
 
 
-def test_of_a_score_on_embeddings(tiny):
-    flags = {"projection": "none", "preconditioner": "projected", "recall_queries": 0}
-    out = {"output": tiny.path("projected"), "group_by": "shard,label", "slice": "right"}
+@pytest.mark.parametrize("kind", ["projected", "kfac"])
+def test_of_a_preconditioned_score(tiny, kind):
+    flags = {"projection": "none", "preconditioner": kind, "recall_queries": 0}
+    out = {"output": tiny.path(kind), "group_by": "shard,label", "slice": "right"}
     assert tiny.run("influence", **flags, **out) == 0
     train, test = sides(tiny)
     terms = []
@@ -123,12 +124,11 @@ def test_of_a_score_on_embeddings(tiny):
             for some in (train, test)
             for r, x, _ in [t.residuals(some, weights)]
         )
-        second = ours.T @ ours / len(ours)
-        second += np.trace(second) / len(second) * np.eye(len(second))
-        terms.append(rate * theirs @ np.linalg.solve(second, ours.T))
+        second = t.kronecker(train, weights) if kind == "kfac" else ours.T @ ours / len(ours)
+        terms.append(rate * t.damped(second, theirs) @ ours.T)
     terms = np.stack(terms, axis=2)
     other = object.__new__(Tiny)
-    other.out = tiny.folder / "projected"
+    other.out = tiny.folder / kind
     check_groups(other, "test", terms, [r.shard for r in train], [str(r.y) for r in test])
     right = predicted(tiny, test) == [row.y for row in test]
     rows = t.table(other.out / "slice_influence" / "test")

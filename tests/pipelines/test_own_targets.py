@@ -51,13 +51,13 @@ def gradients(some, weights, name="loss"):
     return np.einsum("ni,nj->nij", x, slope).reshape(len(some), -1)
 
 
-def expected(tiny, name, of_query=lambda q, train: q):
+def expected(tiny, name, of_query=lambda q, *_: q):
     """float64 [tests, trains, C]."""
     train, test = tiny.good("train"), tiny.good("test")
     parts = []
     for weights, rate in zip(tiny.weights, tiny.rates, strict=True):
         rows = gradients(train, weights)
-        parts.append(rate * of_query(gradients(test, weights, name), rows) @ rows.T)
+        parts.append(rate * of_query(gradients(test, weights, name), rows, weights) @ rows.T)
     return np.stack(parts, axis=2)
 
 
@@ -84,14 +84,15 @@ def test_scores_and_sums_are_those_of_the_targets_gradient(tiny):
         np.testing.assert_allclose(row["score_by_checkpoint"], own, rtol=1e-4, atol=1e-5)
 
 
-def test_preconditioned(tiny):
-    flags = {"projection": "none", "target": "entropy", "preconditioner": "projected"}
+@pytest.mark.parametrize("kind", ["projected", "kfac"])
+def test_preconditioned(tiny, kind):
+    flags = {"projection": "none", "target": "entropy", "preconditioner": kind}
     assert tiny.run("influence", **flags) == 0
 
-    def solved(q, train):
-        second = train.T @ train / len(train)
-        damped = second + np.trace(second) / len(second) * np.eye(len(second))
-        return np.linalg.solve(damped, q.T).T
+    def solved(query, train, weights):
+        if kind == "kfac":
+            return t.damped(t.kronecker(tiny.good("train"), weights), query)
+        return t.damped(train.T @ train / len(train), query)
 
     check(tiny, "test", expected(tiny, "entropy", solved))
 

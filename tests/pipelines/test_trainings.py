@@ -66,6 +66,24 @@ def test_scores_are_the_means_of_single_runs(tiny):
     tiny.check(tables=["self_influence"])
 
 
+def test_preconditioned_by_kfac(tiny):
+    """Every checkpoint of every run has its own factors."""
+    train, test = tiny.good("train"), tiny.good("test")
+    want = 0.0
+    for weights, rate in zip(tiny.weights, tiny.rates, strict=True):
+        own, query = (
+            np.einsum("ni,nj->nij", x, r).reshape(len(x), -1)
+            for some in (train, test)
+            for r, x, _ in [t.residuals(some, weights)]
+        )
+        want = want + rate * t.damped(t.kronecker(train, weights), query) @ own.T
+    assert run(tiny, "influence", tiny.both, preconditioner="kfac") == 0
+    places = [{row.id: i for i, row in enumerate(some)} for some in (test, train)]
+    for row in t.table(tiny.out / "influence" / "test"):
+        own = want[places[0][row["test_id"]], places[1][row["train_id"]]]
+        np.testing.assert_allclose(row["score"], own, rtol=2e-4, atol=1e-5)
+
+
 def _with(tiny, weights, rates):
     single = object.__new__(Tiny)
     single.weights, single.rates = weights, rates

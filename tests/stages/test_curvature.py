@@ -47,13 +47,9 @@ def kronecker(tiny, damping, queries="test"):
     for weights, rate in zip(tiny.weights, tiny.rates, strict=True):
         delta, inputs, _ = t.residuals(train, weights)
         other, asked, _ = t.residuals(test, weights)
-        a = np.mean([np.outer(x, x) for x in inputs], axis=0)
-        b = np.mean([np.outer(d, d) for d in delta], axis=0)
-        moments = np.kron(a, b)
-        moments += damping * np.linalg.eigvalsh(moments).mean() * np.eye(len(moments))
         own = np.stack([np.outer(x, d).ravel() for x, d in zip(inputs, delta, strict=True)])
         query = np.stack([np.outer(x, d).ravel() for x, d in zip(asked, other, strict=True)])
-        terms.append(rate * np.linalg.solve(moments, query.T).T @ own.T)
+        terms.append(rate * t.damped(t.kronecker(train, weights), query, damping) @ own.T)
     return np.stack(terms, axis=2)
 
 
