@@ -1,4 +1,4 @@
-"""Other attributions of a multilayer perceptron, written from their papers.
+"""Other attributions of a network, written from their papers.
 
 Each takes a `Network` for every checkpoint, in training order, and gives float64 [tests, trains]:
 the greater, the more a training example lowers the test example's loss.
@@ -7,9 +7,12 @@ the greater, the more a training example lowers the test example's loss.
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import keras
 import numpy as np
 import scipy.optimize
+import scipy.sparse
 import tensorflow as tf
+from problems import Examples
 
 DIM = 1024
 
@@ -18,127 +21,190 @@ Attribution = Callable[[Sequence["Network"]], np.ndarray]
 
 @dataclasses.dataclass
 class Side:
-    """Of n examples: inputs [n, m] and output gradients [n, k] of every layer, and outputs."""
+    """What a network makes of n examples: outputs [n, k] and the last layer's inputs [n, m]."""
 
-    inputs: list[np.ndarray]
-    deltas: list[np.ndarray]
-    outputs: np.ndarray
+    x: np.ndarray
     labels: np.ndarray
+    outputs: np.ndarray
+    features: np.ndarray
 
     @property
-    def probability(self) -> np.ndarray:
-        """Of the label's class: [n]."""
-        z = self.outputs - self.outputs.max(axis=1, keepdims=True)
-        p = np.exp(z)
-        return (p / p.sum(axis=1, keepdims=True))[np.arange(len(p)), self.labels]
+    def regression(self) -> bool:
+        return self.outputs.shape[1] == 1
+
+    def probabilities(self) -> np.ndarray:
+        """Of the classes: float64 [n, k]."""
+        z = np.exp(self.outputs - self.outputs.max(axis=1, keepdims=True))
+        return z / z.sum(axis=1, keepdims=True)
+
+    def of_loss(self, labels: np.ndarray | None = None) -> np.ndarray:
+        """The loss's derivative by the outputs, with other labels if given: [n, k]."""
+        labels = self.labels if labels is None else labels
+        if self.regression:
+            return 2 * (self.outputs - labels)
+        return self.probabilities() - np.eye(self.outputs.shape[1])[labels]
+
+    def of_margin(self) -> np.ndarray:
+        """That of TRAK's output function, log p/(1 − p), or of the output of a regression."""
+        if self.regression:
+            return np.ones_like(self.outputs)
+        own = np.eye(self.outputs.shape[1])[self.labels]
+        others = self.probabilities() * (1 - own)
+        return own - others / others.sum(axis=1, keepdims=True)
+
+    def of_weight(self) -> np.ndarray:
+        """TRAK's weight, the loss's derivative by the output function: [n]."""
+        if self.regression:
+            return self.of_loss()[:, 0]
+        own = np.eye(self.outputs.shape[1])[self.labels]
+        return -(self.probabilities() * (1 - own)).sum(axis=1)
 
 
 @dataclasses.dataclass
 class Network:
-    """Weights at a checkpoint, kernels and biases in turn, and what both sets make of them."""
+    """A checkpoint and what is taken of whole gradients there, which are too large to be kept.
 
-    weights: list[np.ndarray]
+    Attributes:
+      train, test: both sets.
+      dots: inner products of test and training examples' gradients, [tests, trains].
+      norms: of both sets' gradients.
+      margins: both sets' sketched gradients of the margin, [n, DIM].
+      fisher: at the last checkpoint, see `Fisher`.
+    """
+
     train: Side
     test: Side
+    dots: np.ndarray
+    norms: tuple[np.ndarray, np.ndarray]
+    margins: tuple[np.ndarray, np.ndarray]
+    fisher: "Fisher | None"
 
     @classmethod
-    def of(cls, weights: Sequence[np.ndarray], examples: Sequence[np.ndarray]) -> "Network":
+    def of(cls, model: keras.Model, examples: Examples, last: bool) -> "Network":
+        """With the model's weights as they are now.
+
+        Args:
+          model: whose last layer is dense.
+          examples: both sets.
+          last: whether it is the last checkpoint.
+        """
         x, y, x_test, y_test = examples
-        flat = [w.reshape(w.shape[-2:]) if w.ndim > 1 else w[None] for w in weights]
-        return cls(flat, _backward(flat, x, y), _backward(flat, x_test, y_test))
-
-
-def _backward(weights: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> Side:
-    inputs, outputs = [x], x
-    for i in range(0, len(weights), 2):
-        outputs = inputs[-1] @ weights[i] + weights[i + 1]
-        inputs.append(np.maximum(outputs, 0))
-    if outputs.shape[1] == 1:
-        delta = 2 * (outputs - y)
-    else:
-        delta = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-        delta /= delta.sum(axis=1, keepdims=True)
-        delta[np.arange(len(y)), y] -= 1
-    deltas = [delta]
-    for i in range(len(weights) - 2, 0, -2):
-        delta = (delta @ weights[i].T) * (inputs[i // 2] > 0)
-        deltas.insert(0, delta)
-    return Side(inputs[:-1], deltas, outputs, y)
-
-
-def _dots(one: Side, other: Side) -> np.ndarray:
-    """Inner products of whole gradients: [n, n']."""
-    return sum(
-        (a @ b.T + 1) * (d @ e.T)
-        for a, b, d, e in zip(one.inputs, other.inputs, one.deltas, other.deltas, strict=True)
-    )
-
-
-def _norms(side: Side) -> np.ndarray:
-    return np.sqrt(
-        sum(
-            ((a**2).sum(1) + 1) * (d**2).sum(1)
-            for a, d in zip(side.inputs, side.deltas, strict=True)
+        parts = keras.Model(model.inputs, [model.layers[-1].input, model.outputs[0]])
+        sides = []
+        for inputs, labels in ((x, y), (x_test, y_test)):
+            features, outputs = (a.numpy().astype(np.float64) for a in parts(inputs))
+            sides.append(Side(inputs, labels, outputs, features))
+        train, test = sides
+        gradients = Gradients(model)
+        size = gradients.size
+        rng = np.random.default_rng(0)
+        # A column of a count sketch for every weight, and its sign.
+        signs, columns = rng.choice([-1.0, 1.0], size), rng.integers(0, DIM, size)
+        sketch = scipy.sparse.csr_matrix(
+            (signs.astype(np.float32), (columns, np.arange(size))), (DIM, size)
         )
-    )
+        margins = tuple((sketch @ gradients(s.x, s.of_margin()).T).T for s in sides)
+        own, asked = (gradients(s.x, s.of_loss()) for s in sides)
+        norms = tuple(np.linalg.norm(g, axis=1) for g in (own, asked))
+        fisher = None
+        if last:
+            drawn = train.of_loss(_drawn(train)) if not train.regression else train.of_margin()
+            root = gradients(train.x, drawn) * np.float32(np.sqrt(2 if train.regression else 1))
+            fisher = Fisher(*(np.float64(root @ g.T) for g in (root, asked, own)))
+        return cls(train, test, np.float64(asked @ own.T), norms, margins, fisher)
 
 
-def _sketch(side: Side, factor: np.ndarray) -> np.ndarray:
-    """A Gaussian projection, layer by layer Khatri-Rao, of gradients times a number: [n, DIM]."""
-    rng = np.random.default_rng(0)
-    total = 0.0
-    for a, d in zip(side.inputs, side.deltas, strict=True):
-        a = np.concatenate([a, np.ones((len(a), 1))], axis=1)
-        left, right = (rng.normal(size=(v.shape[1], DIM)) for v in (a, d))
-        total = total + (a @ left) * (d @ right) / np.sqrt(DIM)
-    return total * factor[:, None]
+@dataclasses.dataclass
+class Fisher:
+    """Fisher's matrix (1/n) JᵀJ, which for these losses is Gauss-Newton's, by products with J.
+
+    A row of J is the gradient of a training example's loss with a label drawn from the network's
+    own prediction, for a regression that of the output. All that is asked of inverses stays among
+    the rows of J and the queries b, so that inner products are all that is needed.
+
+    Attributes:
+      gram: J Jᵀ, [n, n].
+      asked: J b, [n, tests].
+      own: J g of training examples' gradients, [n, trains].
+    """
+
+    gram: np.ndarray
+    asked: np.ndarray
+    own: np.ndarray
+
+
+class Gradients:
+    """Gradients of single examples' outputs by all of a model's trainable weights."""
+
+    def __init__(self, model: keras.Model) -> None:
+        weights = [w.value for w in model.trainable_variables]
+        self.size = sum(int(np.prod(w.shape)) for w in weights)
+
+        def of_one(pair: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+            with tf.GradientTape() as tape:
+                outputs = model(pair[0][None], training=False)
+            found = tape.gradient(outputs, weights, pair[1][None])
+            return tf.concat([tf.reshape(tf.convert_to_tensor(g), [-1]) for g in found], axis=0)
+
+        self._of_all = tf.function(
+            lambda *pair: tf.map_fn(of_one, pair, fn_output_signature=tf.float32)
+        )
+
+    def __call__(self, x: np.ndarray, by_outputs: np.ndarray) -> np.ndarray:
+        """float32 [n, size] of Σ_k by_outputs[i, k] outputs[i, k]."""
+        found = np.empty((len(x), self.size), np.float32)
+        for start in range(0, len(x), 500):
+            some = slice(start, start + 500)
+            found[some] = self._of_all(x[some], by_outputs[some].astype(np.float32))
+        return found
+
+
+def _drawn(side: Side) -> np.ndarray:
+    """A label for each example, drawn from the network's prediction."""
+    total = side.probabilities().cumsum(axis=1)
+    drawn = np.random.default_rng(0).uniform(size=(len(total), 1))
+    return np.minimum((drawn > total).sum(axis=1), total.shape[1] - 1)
 
 
 def gradient_cosine(networks: Sequence[Network]) -> np.ndarray:
     """Cosine of whole gradients, the mean over checkpoints."""
-    return np.mean(
-        [
-            _dots(n.test, n.train) / np.outer(_norms(n.test), _norms(n.train) + 1e-12)
-            for n in networks
-        ],
-        axis=0,
-    )
+    return np.mean([n.dots / (np.outer(*n.norms[::-1]) + 1e-12) for n in networks], axis=0)
 
 
 def embedding_cosine(networks: Sequence[Network]) -> np.ndarray:
     """Cosine of the last layer's inputs at the last checkpoint."""
     one, other = (
         x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-12)
-        for x in (networks[-1].test.inputs[-1], networks[-1].train.inputs[-1])
+        for x in (networks[-1].test.features, networks[-1].train.features)
     )
     return one @ other.T
 
 
-def trak(networks: Sequence[Network]) -> np.ndarray:
+def trak(networks: Sequence[Network], ridge: float = 0.0) -> np.ndarray:
     """Park et al. 2023, equation 18: means over checkpoints of both factors.
 
-    The model's output is the log-odds of the label, for a regression the output itself.
+    Args:
+      networks: at the checkpoints.
+      ridge: on the features' second moments, by their mean eigenvalue; none in the paper.
     """
-    kernels, rests = [], []
+    kernels = []
     for network in networks:
-        sides = []
-        for side in (network.train, network.test):
-            if side.outputs.shape[1] == 1:
-                residual = 2 * (side.outputs - side.labels)[:, 0]
-                sides.append(_sketch(side, 1 / np.where(residual == 0, 1, residual)))
-                rest = residual
-            else:
-                p = np.minimum(side.probability, 1 - 1e-6)
-                sides.append(_sketch(side, -1 / (1 - p)))
-                rest = 1 - p
-            rests.append(rest)
-        phi, asked = sides
+        phi, asked = (m.astype(np.float64) for m in network.margins)
         gram = phi.T @ phi
-        gram += 1e-6 * np.trace(gram) / DIM * np.eye(DIM)
+        # A sketch may be longer than the rank of the features is.
+        gram += (ridge + 1e-9) * np.trace(gram) / DIM * np.eye(DIM)
         kernels.append(asked @ np.linalg.solve(gram, phi.T))
-    train, test = np.mean(rests[::2], axis=0), np.mean(rests[1::2], axis=0)
-    found = np.mean(kernels, axis=0) * train
-    return found * test[:, None] if networks[-1].test.outputs.shape[1] == 1 else found
+    train = np.mean([n.train.of_weight() for n in networks], axis=0)
+    found = -np.mean(kernels, axis=0) * train
+    if networks[-1].test.regression:
+        # The output is not the loss, whose derivative by it has a sign.
+        found *= -np.mean([n.test.of_weight() for n in networks], axis=0)[:, None]
+    return found
+
+
+def damped_trak(networks: Sequence[Network]) -> np.ndarray:
+    """TRAK with this project's damping, which its paper has not."""
+    return trak(networks, ridge=1.0)
 
 
 def representer_points(networks: Sequence[Network], decay: float = 0.003) -> np.ndarray:
@@ -148,7 +214,7 @@ def representer_points(networks: Sequence[Network], decay: float = 0.003) -> np.
     """
     train, test = networks[-1].train, networks[-1].test
     features, asked = (
-        np.concatenate([s.inputs[-1], np.ones((len(s.labels), 1))], axis=1) for s in (train, test)
+        np.concatenate([s.features, np.ones((len(s.labels), 1))], axis=1) for s in (train, test)
     )
     k = train.outputs.shape[1]
 
@@ -182,82 +248,42 @@ def representer_points(networks: Sequence[Network], decay: float = 0.003) -> np.
     return near * alpha[:, test.labels].T
 
 
-def _products(network: Network, rows: np.ndarray) -> Callable[[list[tf.Tensor]], list[tf.Tensor]]:
-    """Gauss-Newton products of many vectors at once: lists of [q, m, n] and [q, 1, n]."""
-    weights = [tf.constant(w, tf.float32) for w in network.weights]
-    side = network.train
-    inputs = [tf.constant(a[rows], tf.float32) for a in side.inputs]
-    outputs = tf.constant(side.outputs[rows], tf.float32)
-    probability = tf.nn.softmax(outputs)
-
-    def product(vectors: list[tf.Tensor]) -> list[tf.Tensor]:
-        tangent = None
-        for i in range(0, len(weights), 2):
-            own = tf.matmul(inputs[i // 2][None], vectors[i]) + vectors[i + 1]
-            own = own if tangent is None else own + tf.matmul(tangent, weights[i][None])
-            later = i + 2 < len(weights)
-            tangent = own * tf.cast(inputs[i // 2 + 1] > 0, tf.float32) if later else own
-        if outputs.shape[1] == 1:
-            delta = 2 * tangent
-        else:
-            mean = tf.reduce_sum(probability * tangent, axis=2, keepdims=True)
-            delta = probability * (tangent - mean)
-        delta /= float(len(rows))
-        found = []
-        for i in range(len(weights) - 2, -1, -2):
-            kernel = tf.matmul(inputs[i // 2][None], delta, transpose_a=True)
-            found = [kernel, tf.reduce_sum(delta, axis=1, keepdims=True), *found]
-            if i:
-                delta = tf.matmul(delta, weights[i][None], transpose_b=True)
-                delta *= tf.cast(inputs[i // 2] > 0, tf.float32)
-        return found
-
-    return product
-
-
-def _gradients(side: Side) -> list[tf.Tensor]:
-    found = []
-    for a, d in zip(side.inputs, side.deltas, strict=True):
-        found += [tf.constant(a[:, :, None] * d[:, None], tf.float32)]
-        found += [tf.constant(d[:, None], tf.float32)]
-    return found
-
-
-def _with_train(network: Network, vectors: list[tf.Tensor]) -> np.ndarray:
-    found = 0.0
-    for i, (a, d) in enumerate(zip(network.train.inputs, network.train.deltas, strict=True)):
-        rows = np.einsum("nm,qmk->qnk", a, vectors[2 * i].numpy(), optimize=True)
-        found = found + np.einsum("qnk,nk->qn", rows + vectors[2 * i + 1].numpy(), d)
-    return found
-
-
 DAMPING = 0.01
 
 
 def influence_by_cg(networks: Sequence[Network], steps: int = 20) -> np.ndarray:
-    """Koh and Liang 2017, equation 2, by conjugate gradients, with Gauss-Newton's matrix."""
+    """Koh and Liang 2017, equation 2, by conjugate gradients.
+
+    A vector is b times its first part and Jᵀ times its second.
+    """
     network = networks[-1]
-    product = tf.function(_products(network, np.arange(len(network.train.labels))))
-    b = _gradients(network.test)
-    x = [tf.zeros_like(v) for v in b]
-    residual, direction = list(b), list(b)
+    fisher = network.fisher
+    assert fisher is not None
+    n = len(fisher.gram)
+    squares = np.square(network.norms[1]).astype(np.float64)
+    Vector = tuple[np.ndarray, np.ndarray]
 
-    def inner(one: list[tf.Tensor], other: list[tf.Tensor]) -> tf.Tensor:
-        both = zip(one, other, strict=True)
-        return tf.add_n([tf.reduce_sum(u * v, axis=[1, 2], keepdims=True) for u, v in both])
+    def times_j(v: Vector) -> np.ndarray:
+        return v[0] * fisher.asked + fisher.gram @ v[1]
 
-    norm = inner(residual, residual)
+    def inner(v: Vector, w: Vector) -> np.ndarray:
+        both = (v[1] * times_j(w)).sum(axis=0)
+        return both + v[0] * (w[0] * squares + (w[1] * fisher.asked).sum(axis=0))
+
+    def plus(v: Vector, factor: np.ndarray, w: Vector) -> Vector:
+        return v[0] + factor * w[0], v[1] + factor * w[1]
+
+    tests = len(network.test.labels)
+    x: Vector = np.zeros(tests), np.zeros((n, tests))
+    residual: Vector = np.ones(tests), np.zeros((n, tests))
+    direction, norm = residual, inner(residual, residual)
     for _ in range(steps):
-        image = [p + DAMPING * v for p, v in zip(product(direction), direction, strict=True)]
+        image = DAMPING * direction[0], times_j(direction) / n + DAMPING * direction[1]
         step = norm / (inner(direction, image) + 1e-20)
-        x = [u + step * v for u, v in zip(x, direction, strict=True)]
-        residual = [u - step * v for u, v in zip(residual, image, strict=True)]
+        x, residual = plus(x, step, direction), plus(residual, -step, image)
         after = inner(residual, residual)
-        direction = [
-            u + after / (norm + 1e-20) * v for u, v in zip(residual, direction, strict=True)
-        ]
-        norm = after
-    return _with_train(network, x)
+        direction, norm = plus(residual, after / (norm + 1e-20), direction), after
+    return x[0][:, None] * network.dots + x[1].T @ fisher.own
 
 
 def influence_by_lissa(
@@ -265,14 +291,17 @@ def influence_by_lissa(
 ) -> np.ndarray:
     """Koh and Liang 2017, section 3: the inverse by a series over batches (Agarwal et al. 2017)."""
     network = networks[-1]
+    fisher = network.fisher
+    assert fisher is not None
     rng = np.random.default_rng(0)
-    b = _gradients(network.test)
-    x = list(b)
-    count = len(network.train.labels)
+    # b times a number, and Jᵀ times a matrix.
+    one, rows = 1.0, np.zeros_like(fisher.asked)
     for _ in range(steps):
-        product = _products(network, rng.choice(count, batch, replace=False))
-        x = [g + v - (p + DAMPING * v) / scale for g, v, p in zip(b, x, product(x), strict=True)]
-    return _with_train(network, x)
+        some = rng.choice(len(rows), batch, replace=False)
+        product = one * fisher.asked[some] + fisher.gram[some] @ rows
+        one, rows = 1 + one * (1 - DAMPING / scale), rows * (1 - DAMPING / scale)
+        rows[some] -= product / batch / scale
+    return one * network.dots + rows.T @ fisher.own
 
 
 BASELINES: dict[str, Attribution] = {
@@ -282,4 +311,5 @@ BASELINES: dict[str, Attribution] = {
     "influence function, CG": influence_by_cg,
     "influence function, LiSSA": influence_by_lissa,
     "TRAK": trak,
+    "TRAK, damped as here": damped_trak,
 }
