@@ -46,6 +46,22 @@ def launch(pipeline_options):
     return run
 
 
+@pytest.fixture
+def start(pipeline_options):
+    """A function that starts a job in a process of its own, which ends with the test."""
+    import processes
+
+    started = []
+
+    def run(stage, argv, *args, **kwargs):
+        started.append(processes.Job(stage, [*argv, *pipeline_options], *args, **kwargs))
+        return started[-1]
+
+    yield run
+    for job in started:
+        job.end()
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """A function from a file's name to its path; skips the test where there is no such file."""

@@ -58,6 +58,67 @@ def test_a_signal_ends_the_job(number, tmp_path, launch):
     job.check(tables=["self_influence"])
 
 
+# Waits in a worker process, and says that it does.
+WAITS = t.TASK.replace(
+    "    columns = {",
+    """    import sys, time
+    def wait(x):
+        if "sdk_worker" in sys.argv[0]:
+            open("@waiting", "w").close()
+            time.sleep(300)
+        return x
+    serialized = tf.ensure_shape(tf.py_function(wait, [serialized], tf.string), [None])
+    columns = {""",
+)
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+def test_a_signal_ends_worker_processes(everybody, tmp_path):
+    """As Ctrl-C in a terminal, which all processes get; or for the launcher alone."""
+    job = t.Tiny(tmp_path).write_all(train=2, test=1)
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "task.py").write_text(WAITS.replace("@", f"{tmp_path}/"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tracin_beam", "embed", *job.argv("embed"), "--runner=FnApiRunner",
+         "--direct_running_mode=multi_processing", "--direct_num_workers=2"],
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "waiting").exists() and process.poll() is None:
+        time.sleep(0.05)
+    started = descendants(process.pid)
+    if everybody:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + (signal.SIGINT if everybody else signal.SIGTERM), said
+    assert len(started) >= 2
+    assert not [pid for pid in started if is_running(pid)]
+    lines = [line for line in said.splitlines() if "tracin-beam " in line]
+    assert len(lines) == 1
+    assert "stopped by" in lines[0]
+    assert "Traceback" not in said
+    assert not list(job.out.rglob(".*.tmp"))
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def descendants(pid):
+    """The processes that a process has started, and theirs."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = {int(child) for listing in tasks for child in listing.read_text().split()}
+    return children.union(*map(descendants, children))
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("command", [["pipelines.embed"], ["tracin_beam", "embed"]])
 def test_while_beam_is_being_imported(command, tmp_path):
     (tmp_path / "apache_beam.py").write_text(

@@ -1,16 +1,10 @@
 """Shards, checkpoints and output in a bucket, by Beam's own client for it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
 import tiny as t
 from bucket import ANONYMOUS, NAME, ROOT, TinyInBucket, bucket  # noqa: F401
-from kill import KILLED
 from tiny import rows
 
 import tracin_beam
@@ -20,7 +14,6 @@ from tracin_beam.storage import files, patterns
 # Beam's client tries again for minutes where nothing answers.
 pytestmark = pytest.mark.timeout(300)
 
-HERE = Path(__file__).parents[2]
 FLAGS = {"index": "scann", "index_rows": 16}
 STAGES = ("influence", "self_influence")
 REJECTED = {("train-3.tfrecord", 9): "parse failed"}
@@ -132,19 +125,12 @@ def test_overwrite_clears_the_bucket(tiny):
 # The number of files that have got their names: in the midst of embedding, and in the index.
 # The first five are the lease and run.json.
 @pytest.mark.parametrize(("calls", "where"), [(10, "embeddings/"), (44, "index/part-")])
-def test_killed_before_a_file_has_its_name(tiny, pipeline_options, calls, where):
+def test_killed_before_a_file_has_its_name(tiny, start, calls, where):
     clear(tiny)
-    argv = [*tiny.argv("influence", **FLAGS), *pipeline_options]
-    done = subprocess.run(
-        [sys.executable, "-c", ANONYMOUS + KILLED, "tracin_beam.storage.files", "_replace",
-         str(calls), "influence", *argv],
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 9, done.stderr
+    argv = tiny.argv("influence", **FLAGS)
+    exits = ("tracin_beam.storage.files", "_replace", calls)
+    job = start("influence", argv, exits, prelude=ANONYMOUS)
+    assert job.wait() == 9, job.said()
     left = tiny.generations()
     hidden = {name for name in left if name.rpartition("/")[2].startswith(".")}
     assert any(name.startswith(where) for name in hidden), hidden

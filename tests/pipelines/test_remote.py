@@ -1,12 +1,12 @@
 """Shards, checkpoints and output on another file system, and workers in other processes."""
 
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import tiny as t
 from remote_files import PREFIX
 from tiny import Tiny, rows
@@ -109,13 +109,12 @@ def test_workers_in_other_processes(tmp_path):
 
 
 ELSEWHERE = """
-import pickle, sys
-source = pickle.load(sys.stdin.buffer)
+import sys
 task = source.load()
 assert source.load() is task
 model = task.model()
 assert model.output_shape == (None, 3), model.output_shape
-print(sys.modules["tiny_helper"].__file__)
+result = sys.modules["tiny_helper"].__file__
 """
 
 
@@ -129,17 +128,10 @@ def test_a_task_reaches_a_machine_that_does_not_have_it(tmp_path):
     assert sorted(path for path, _ in sent.files) == ["task.py", "tiny_helper.py"]
 
     def load():
-        return subprocess.run(
-            [sys.executable, "-c", ELSEWHERE],
-            input=pickle.dumps(sent),
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
-            stdout=subprocess.PIPE,
-            check=True,
-            timeout=300,
-        ).stdout.decode()
+        return processes.result_of(ELSEWHERE, source=sent)
 
     # Where the same files are, they are taken; where they are not, or others, they are brought.
-    assert load().strip() == str(here / "tiny_helper.py")
+    assert load() == str(here / "tiny_helper.py")
     (here / "tiny_helper.py").write_text("raise ImportError('of another day')")
     assert str(here) not in load()
     shutil.rmtree(here)

@@ -2,23 +2,17 @@
 
 import copy
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import tiny as t
-from kill import KILLED
 from tiny import Tiny, rows
 
 from tracin_beam.jobs import graphs
 
-ROOT = Path(__file__).parents[2]
 STAGES = ("influence", "self_influence")
 # With several groups and parts of the index, and with a test set whose tables have several files.
 FLAGS = {"index": "scann", "index_rows": 16}
@@ -42,8 +36,6 @@ SLOW = t.TASK.replace(
     columns = {""",
 )
 
-# Leaves the process, as a machine does that is switched off, at the n-th call of a function.
-
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory, launch):
@@ -63,16 +55,6 @@ def tiny(never_killed):
     return never_killed
 
 
-def python(*argv, **env):
-    return subprocess.Popen(
-        [sys.executable, *argv],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def marks(tiny):
     return {
         path: (path.stat().st_ino, path.stat().st_mtime_ns)
@@ -80,13 +62,12 @@ def marks(tiny):
     }
 
 
-def test_killed_while_it_embeds(tiny, pipeline_options):
-    argv = [*tiny.argv("influence", **FLAGS), *pipeline_options]
-    process = python("-m", "pipelines.influence", *argv, SLEEP="0.4")
-    while len(marks(tiny)) < 5 and process.poll() is None:
+def test_killed_while_it_embeds(tiny, start):
+    job = start("influence", tiny.argv("influence", **FLAGS), SLEEP="0.4")
+    while len(marks(tiny)) < 5 and job.running():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    job.process.kill()
+    assert job.wait() == -signal.SIGKILL, job.said()
     done = marks(tiny)
     assert 5 <= len(done) < 14
     files = {path.with_suffix(""): path.with_suffix("").stat().st_ino for path in done}
@@ -109,11 +90,9 @@ def test_killed_while_it_embeds(tiny, pipeline_options):
         ("self_influence", "tracin_beam.storage.sinks", "write_parquet", 3),
     ],
 )
-def test_killed_later(tiny, pipeline_options, stage, module, name, calls):
-    argv = [*tiny.argv(stage, **FLAGS), *pipeline_options]
-    process = python("-c", KILLED, module, name, str(calls), stage, *argv)
-    said = process.communicate()[1]
-    assert process.returncode == 9, said
+def test_killed_later(tiny, start, stage, module, name, calls):
+    job = start(stage, tiny.argv(stage, **FLAGS), exits=(module, name, calls))
+    assert job.wait() == 9, job.said()
     done = marks(tiny)
     run_all(tiny)
     assert t.contents(tiny.out) == tiny.expected
@@ -365,14 +344,10 @@ def test_a_damaged_index_is_made_again(made, capfd):
     assert "plan.json is not as it was written" in capfd.readouterr().err
 
 
-def test_tables_of_a_run_with_other_flags_that_was_killed(made, pipeline_options):
-    argv = [*made.argv("influence", **FLAGS, top_k=1), *pipeline_options]
-    where = ("tracin_beam.jobs.graphs", "write_run", "1")  # all tables are there
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *where, "influence", *argv],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 9, done.stderr
+def test_tables_of_a_run_with_other_flags_that_was_killed(made, start):
+    where = ("tracin_beam.jobs.graphs", "write_run", 1)  # all tables are there
+    job = start("influence", made.argv("influence", **FLAGS, top_k=1), exits=where)
+    assert job.wait() == 9, job.said()
     run_all(made)
     made.check()
 

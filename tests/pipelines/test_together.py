@@ -1,16 +1,11 @@
 """Several runs on one output at once, and input that changes while a run is at work."""
 
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny as t
 from tiny import Tiny, rows
 
-ROOT = Path(__file__).parents[2]
 # Waits where a file says so, and says that it does.
 WAITING = t.TASK.replace(
     "    columns = {",
@@ -32,51 +27,31 @@ def tiny(tmp_path, launch):
     return made
 
 
-@pytest.fixture
-def start(pipeline_options):
-    """A function that starts a job in a process of its own, killed at the end at the latest."""
-    started = []
-
-    def run(tiny, stage, **flags):
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"pipelines.{stage}", *tiny.argv(stage, **flags),
-             *pipeline_options],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def wait_for(condition, process):
-    while not condition() and process.poll() is None:
+def wait_for(condition, job):
+    while not condition() and job.running():
         time.sleep(0.02)
-    assert process.poll() is None, process.stderr.read()
+    assert job.running(), job.said()
 
 
 def test_two_test_sets_at_once_and_one_twice(tiny, start):
-    flags = {"index_rows": 16}
-    first = start(tiny, "influence", **flags)
+    def begin(stage, **flags):
+        return start(stage, tiny.argv(stage, index_rows=16, **flags))
+
+    first = begin("influence")
     wait_for((tiny.out / "run.json").exists, first)
     others = [
-        start(tiny, "influence", test_name="again", **flags),
-        start(tiny, "self_influence", **flags),
-        start(tiny, "influence", **flags),
+        begin("influence", test_name="again"),
+        begin("self_influence"),
+        begin("influence"),
     ]
-    said = [process.communicate()[1] for process in [first, *others]]
-    assert [p.returncode for p in [first, *others[:2]]] == [0, 0, 0], said
+    statuses = [job.wait() for job in [first, *others]]
+    assert statuses[:3] == [0, 0, 0], [job.said() for job in [first, *others]]
     # By then the first may have ended; it never works beside it.
-    if others[2].returncode:
-        assert others[2].returncode == 2
-        assert said[3].count("another run is at work in the output, influence of the test set") == 1
-        assert "Traceback" not in said[3]
+    if statuses[3]:
+        assert statuses[3] == 2
+        said = others[2].said()
+        assert said.count("another run is at work in the output, influence of the test set") == 1
+        assert "Traceback" not in said
     for name in ("test", "again"):
         t.check_influence(tiny, tiny.good("train"), tiny.good("test"), name)
     t.check_self_influence(tiny, tiny.good("train"))
@@ -89,11 +64,11 @@ def test_two_test_sets_at_once_and_one_twice(tiny, start):
 
 def test_settings_that_differ_do_not_go_together(tiny, start, capfd):
     slow = tiny.folder / "wait"
-    process = start(tiny, "influence")
-    wait_for((tiny.out / "run.json").exists, process)
+    job = start("influence", tiny.argv("influence"))
+    wait_for((tiny.out / "run.json").exists, job)
     slow.touch()
     try:
-        wait_for((tiny.folder / "waiting").exists, process)
+        wait_for((tiny.folder / "waiting").exists, job)
         # The task of this process must not wait.
         (tiny.folder / "other.py").write_text(t.TASK)
         task = f"{tiny.folder}/other.py:task"
@@ -103,7 +78,7 @@ def test_settings_that_differ_do_not_go_together(tiny, start, capfd):
         assert "wait for it" in said
     finally:
         slow.unlink()
-    assert process.wait() == 0
+    assert job.wait() == 0, job.said()
     tiny.check(tables=["influence"])
 
 

@@ -159,12 +159,14 @@ class Queries:
       gradients: flat list of the tensors of their forms; or where they are written out, of every
         weight float32 [size, N], or an `Outer` where it has one position.
       written_out: whether they are.
+      summed: whether each is a sum over examples, which is whole for every weight.
       groups: instead of these, where queries of one length go together: places, and their queries.
     """
 
     size: int
     gradients: list[Any]
     written_out: bool = False
+    summed: bool = False
     groups: "tuple[tuple[np.ndarray, Queries], ...]" = ()
 
 
@@ -516,9 +518,7 @@ class Engine:
             columns = [(i, self.scores(values, batch, q, target).T) for i, q in queries.groups]
             return _in_places(columns, queries.size).T
         if queries.written_out:
-            # Those of sums, which are no outer products, are whole for every weight.
-            whole = all(len(x.shape) == 2 for x in tf.nest.flatten(list(queries.gradients)))
-            kind = "scores of sums" if whole else "scores of written out"
+            kind = "scores of sums" if queries.summed else "scores of written out"
             function = self._function(kind, "loss")
             gradients = tf.nest.map_structure(
                 lambda x: tf.convert_to_tensor(x, tf.float32), list(queries.gradients)

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 from apache_beam.io.filesystems import FileSystems
 
-from tracin_beam.errors import InputError
 from tracin_beam.jobs import launch, options
 from tracin_beam.jobs.registry import COMMANDS, Job
-from tracin_beam.storage import files, patterns, verdicts
-from tracin_beam.storage.runs import Output
+from tracin_beam.storage import files, verdicts
+from tracin_beam.storage.runs import Output, matched
 
 
 def main(name: str, prog: str = "", argv: Sequence[str] | None = None) -> int:
@@ -22,11 +21,7 @@ def _run(job: Job, prog: str, argv: Sequence[str]) -> int:
     FileSystems.set_options(beam_options)
     output = Output(files.full(config.output))
     if config.add:
-        try:
-            paths = [info.path for info in patterns.match(config.add)]
-        except InputError as error:
-            raise InputError(f"--add: {error}") from None
-        added, _ = verdicts.add(output, paths)
+        added, _ = verdicts.add(output, [info.path for info in matched(config.add, "add")])
         print(f"{added} verdicts added")
     counted = collections.Counter(
         row["verdict"] for row in verdicts.latest(verdicts.read(output)).values()

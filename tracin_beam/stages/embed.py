@@ -16,7 +16,7 @@ from tracin_beam.stages import progress
 from tracin_beam.stages.batching import ahead, without_failing
 from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.workers import EngineSource, Loaded
-from tracin_beam.storage import embeddings, files, records, runs, tables
+from tracin_beam.storage import embeddings, files, marks, records, runs, tables
 from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.runs import CheckpointFile, Output, ShardResult, Unit, UnitResult
 
@@ -183,7 +183,7 @@ def embed_unit(
             yield record
 
     # The mark of an earlier file must not vouch for the new one.
-    files.remove([path + ".json"])
+    files.remove([marks.beside(path)])
     with (
         files.atomic_write(path) as handle,
         progress.piece("embedding", unit.shard.size) as piece,

@@ -387,7 +387,7 @@ def _terms(
                     engine.scores(
                         engine.values(checkpoint.path),
                         batch,
-                        Queries(len(query[0]), list(query), written_out=True),
+                        Queries(len(query[0]), list(query), written_out=True, summed=True),
                     )
                     for checkpoint, query in zip(join.checkpoints, queries, strict=True)
                 ]

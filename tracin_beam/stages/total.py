@@ -158,7 +158,7 @@ def transformed(join: Join, place: int, sums: np.ndarray) -> np.ndarray:
         return score.of_embeddings(place, sums)
     if not score.written_out:
         return sums
-    queries = Queries(len(sums), by_weight(join, sums), written_out=True)
+    queries = Queries(len(sums), by_weight(join, sums), written_out=True, summed=True)
     return np.concatenate(score.of_gradients(place, queries).gradients, axis=1)
 
 

@@ -360,7 +360,7 @@ def _stem(name: str) -> str:
 def read_unit(output: Output, unit: Unit) -> UnitResult | None:
     """The result of a unit that is done already, or None when it has to be computed."""
     path = output.unit(unit)
-    stored = marks.read(path + ".json", output.root, unit.fingerprint, {path})
+    stored = marks.read(marks.beside(path), output.root, unit.fingerprint, {path})
     if stored is None:
         return None
     rejected = tuple((position, reason) for position, reason in stored["rejected"])
@@ -371,7 +371,7 @@ def write_unit(output: Output, result: UnitResult) -> None:
     """Marks a unit's embedding file as complete."""
     path = output.unit(result.unit)
     marks.write(
-        path + ".json",
+        marks.beside(path),
         output.root,
         result.unit.fingerprint,
         {path: result.stamp},
@@ -492,7 +492,8 @@ def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
     left = set(mine) - set(gone) | wanted
     of_gone += [path for path in mine if (of := _described(output, path)) and not of & left]
     orphans = _orphans(output, set(mine) - unfinished)
-    doomed = [*unfinished, *(p + end for p in gone for end in (".json", "")), *of_gone, *orphans]
+    with_marks = [file for path in gone for file in (marks.beside(path), path)]
+    doomed = [*unfinished, *with_marks, *of_gone, *orphans]
     files.in_parallel(lambda path: files.remove([path]), doomed)
     if doomed and files.is_local(output.root):
         for folder in sorted({os.path.dirname(path) for path in doomed}, reverse=True):
@@ -536,7 +537,7 @@ def _orphans(output: Output, there: Collection[str]) -> list[str]:
 def _is_gone(path: str) -> bool:
     """Whether an embedding file can be of no more use."""
     try:
-        mark = files.read_json(path + ".json")
+        mark = files.read_json(marks.beside(path))
     except (OSError, InputError):
         return True
     if not files.fits(mark, {"shard": str, "checkpoint": str}):
