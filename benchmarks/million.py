@@ -28,11 +28,12 @@ def main() -> None:
     parser.add_argument("--job", nargs="+", default=["influence", "self_influence"])
     parser.add_argument("--flags", default="", help="more flags for the jobs")
     parser.add_argument("--show", action="store_true", help="also print what the jobs say")
+    parser.add_argument("--keep", type=pathlib.Path, help="where to leave data and results")
     arguments = parser.parse_args()
     print("| shards | job | seconds | by stage | peak MB |\n|---|---|---|---|---|")
     for shards in arguments.layout:
-        with tempfile.TemporaryDirectory() as name:
-            folder = pathlib.Path(name)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.keep / str(shards) if arguments.keep else pathlib.Path(temporary)
             prepare(folder, arguments.examples, arguments.tests, shards)
             for what in arguments.job:
                 for again in ("", ", nothing new"):
@@ -53,6 +54,9 @@ def prepare(folder: pathlib.Path, examples: int, tests: int, shards: int) -> Non
 
     import tracin_beam
 
+    if (folder / "checkpoints").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "million_task.py").write_text(TASK)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(10, 64)).astype("float32")

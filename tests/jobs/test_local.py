@@ -5,7 +5,6 @@ import socket
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import apache_beam as beam
 import pytest
@@ -68,11 +67,7 @@ def test_with_beams_flush_it_does_not(beams_flush):
 
 
 def test_a_job_runs_without_the_flush(beams_flush):
-    launch.execute(job_of(lambda pipeline, run: group(pipeline)), None, PipelineOptions(THREADS))
-
-
-def job_of(graph):
-    return SimpleNamespace(parts=SimpleNamespace(graph=graph))
+    launch.execute_graph(group, PipelineOptions(THREADS))
 
 
 def test_the_flush_cannot_be_asked_for():
@@ -90,12 +85,12 @@ def test_a_run_listens_on_loopback_only(mode, tmp_path):
         every = sockets.listening(launcher, os.getpid())
         found.write_text("\n".join(sorted(address for address, _ in every)))
 
-    def graph(pipeline, run):
+    def graph(pipeline):
         _ = pipeline | beam.Create([None]) | beam.Map(look)
 
     before = sockets.listening()
     flags = ["--runner=FnApiRunner", f"--direct_running_mode={mode}", "--direct_num_workers=2"]
-    launch.execute(job_of(graph), None, PipelineOptions(flags))
+    launch.execute_graph(graph, PipelineOptions(flags))
     addresses = found.read_text().split()
     assert len(addresses) >= 4 + len(before)  # control, data, state and logging
     assert set(addresses) <= {"127.0.0.1", "::1"}

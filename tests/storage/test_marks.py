@@ -143,3 +143,18 @@ def test_a_target_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
         handle.write(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("root", [""], ids=["local"], indirect=True)
+def test_what_is_certainly_as_it_was_is_not_read(root, monkeypatch):
+    monkeypatch.setattr(files, "_read_crc", lambda path: pytest.fail(f"{path} was read"))
+    assert read(root)
+
+
+def test_what_was_written_to_with_the_old_time_is_read(root):
+    path = local(root, "results", "a")
+    before = os.stat(path)
+    with open(path, "r+b") as handle:
+        handle.write(b"b")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read(root) is None

@@ -183,8 +183,8 @@ def changed_embeddings(run: Run, mark: str, made: dict[str, files.Stamp]) -> str
     """What is the matter with the first embedding file that is not what it was; "" if none is.
 
     A job that is done reads no embeddings, and later jobs check those that they read. So where
-    there are many, only those are read that were written to after the job's mark, and in a bucket
-    only as many are asked for as can be in some seconds.
+    many may be others, as in a copy of an output, only those are read that were written to after
+    the job's mark, and in a bucket only as many are asked for as can be in some seconds.
     """
     there = files.under(run.output.path("embeddings"))
     for path, stamp in made.items():
@@ -194,6 +194,7 @@ def changed_embeddings(run: Run, mark: str, made: dict[str, files.Stamp]) -> str
     if not files.is_local(run.output.root):
         known = {path: stamp for path, stamp in made.items() if stamp.version}
         return marks.first_change(known) if len(known) <= _ASKED_AT_MOST else ""
+    made = {path: stamp for path, stamp in made.items() if files.signature(path) != stamp.version}
     if sum(stamp.size for stamp in made.values()) > _READ_AT_MOST:
         made = {path: made[path] for path in files.written_since(made, mark)}
     return marks.first_change(made)

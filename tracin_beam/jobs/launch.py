@@ -129,6 +129,7 @@ def say(prog: str, error: Exception) -> None:
 
 def execute(job: Job, run: Run, beam_options: PipelineOptions) -> PipelineResult:
     """Runs a job's graph as `execute_graph` does."""
+    run = run.travelling()
     return execute_graph(lambda pipeline: job.parts.graph(pipeline, run), beam_options)
 
 

@@ -21,7 +21,7 @@ from tracin_beam.jobs.registry import Job
 from tracin_beam.jobs.run_json import write_run
 from tracin_beam.jobs.tryout import try_out
 from tracin_beam.planning import dims
-from tracin_beam.storage import files, leases, runs
+from tracin_beam.storage import files, leases, listings, runs
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, Unit
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Run:
       source: the engine.
       explicit_ids: whether the task gives ids.
       fingerprint: of task and projection, by what a user calls its parts.
+      shard_fingerprints: a digest of what the embeddings and scores of a shard depend on, by the
+        shard's path.
       started: seconds since the epoch.
       kind: of the task, as run.json tells it.
       selection: which of the checkpoints were taken and why, as run.json tells it; None for all.
@@ -62,19 +64,22 @@ class Run:
     source: "EngineSource"
     explicit_ids: bool
     fingerprint: dict[str, str]
+    shard_fingerprints: dict[str, str]
     started: float
     kind: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lease: leases.Lease | None = None
     selection: Mapping[str, Any] | None = None
 
-    @property
-    def shard_fingerprints(self) -> dict[str, str]:
-        """A digest of what the embeddings and scores of a shard depend on, by the shard's path."""
-        rates = [c.rate for c in self.checkpoints]
-        by_shard: dict[str, list[str]] = {}
-        for unit in self.units:
-            by_shard.setdefault(unit.shard.path, []).append(unit.fingerprint)
-        return {path: runs.digest([marks, rates]) for path, marks in by_shard.items()}
+    def travelling(self) -> "Run":
+        """The same run, for a graph: its long lists travel by path."""
+        out = self.output
+        return dataclasses.replace(
+            self,
+            train=listings.of_list(out, self.train),
+            test=listings.of_list(out, self.test),
+            units=listings.of_list(out, self.units),
+            shard_fingerprints=listings.of_dict(out, self.shard_fingerprints),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,16 +230,19 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
         choice, source = _chosen(config, source, checkpoints, train, test)
         config = dataclasses.replace(config, dim=choice.dim)
         fingerprint = {**fingerprint, "dim": str(choice.dim)}
+    target = _target_of(source, config.target)
+    units = _units(config, fingerprint, target, checkpoints, train, test)
     run = Run(
         config,
         output,
         checkpoints,
         train,
         test,
-        _units(config, fingerprint, _target_of(source, config.target), checkpoints, train, test),
+        units,
         source,
         explicit_ids,
         fingerprint,
+        _by_shard(units, checkpoints),
         started,
         source.get().engine.described_kind(),
         selection=selection,
@@ -388,6 +396,15 @@ def _units(
         for name, shards, target, known in both
         for shard, checkpoint in itertools.product(shards, checkpoints)
     )
+
+
+def _by_shard(units: Sequence[Unit], checkpoints: Sequence[CheckpointFile]) -> dict[str, str]:
+    """A digest of the fingerprints of a shard's units and the learning rates, by its path."""
+    rates = [c.rate for c in checkpoints]
+    by_shard: dict[str, list[str]] = {}
+    for unit in units:
+        by_shard.setdefault(unit.shard.path, []).append(unit.fingerprint)
+    return {path: runs.digest([marks, rates]) for path, marks in by_shard.items()}
 
 
 def _changes(earlier: dict[str, Any], fingerprint: dict[str, str]) -> list[str]:

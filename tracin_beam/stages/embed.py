@@ -289,9 +289,11 @@ class Embed(beam.PTransform):
     dtype: str = "float32"
 
     def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
+        units = self.units
         results = (
             pipeline
-            | "Units" >> beam.Create(list(self.units), reshuffle=False)
+            | "All" >> beam.Create([None], reshuffle=False)
+            | "Units" >> beam.FlatMap(lambda _: units)
             | "FanOut" >> beam.Reshuffle()
             | "EmbedUnit"
             >> beam.ParDo(EmbedUnit(self.output, self.source, self.max_rejected, self.dtype))

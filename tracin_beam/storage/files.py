@@ -41,8 +41,7 @@ class Stamp:
     Attributes:
       size: in bytes.
       checksum: its CRC-32C, as `Crc` writes it.
-      version: what its file system says of the content, so that it need not be read to be
-        compared; "" where that says nothing.
+      version: its `signature`, so that it need not be read to be compared; "" where there is none.
     """
 
     size: int
@@ -239,25 +238,25 @@ def _read_crc(path: str) -> Crc:
 
 def stamp(path: str) -> Stamp:
     """Reads a file and says what it holds."""
+    version = signature(path)  # before it is read, so that a change meanwhile is not vouched for
     crc = _read_crc(path)
-    return Stamp(crc.size, crc.hexdigest(), "" if is_local(path) else checksum(path))
+    return Stamp(crc.size, crc.hexdigest(), version)
 
 
 def difference(path: str, known: Stamp) -> str:
     """How a file differs from what it was, in words; "" if it does not.
 
-    A remote file whose file system says that its content is the same is not read.
+    A file that is certainly the same by its `signature` is not read.
 
     Raises:
       OSError: the file system does not say.
     """
     if not exists(path):
         return "it is missing"
-    if is_local(path):
-        if (size := os.path.getsize(path)) != known.size:
-            return f"it has {size:,} bytes and had {known.size:,}"
-    elif known.version and checksum(path) == known.version:
+    if known.version and signature(path) == known.version:
         return ""
+    if is_local(path) and (size := os.path.getsize(path)) != known.size:
+        return f"it has {size:,} bytes and had {known.size:,}"
     crc = _read_crc(path)
     if crc.size != known.size:
         return f"it has {crc.size:,} bytes and had {known.size:,}"
@@ -355,8 +354,7 @@ def atomic_write(path: str) -> Iterator[Any]:
                     handle.close()
             with _os_errors(path):
                 _replace(temporary, path)
-            version = "" if is_local(path) else checksum(path)
-            writing.stamp = Stamp(writing.crc.size, writing.crc.hexdigest(), version)
+            writing.stamp = Stamp(writing.crc.size, writing.crc.hexdigest(), signature(path))
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to see
                 remove([temporary])

@@ -6,7 +6,8 @@ they change. Results are used again only where their mark has the wanted fingerp
 is what it was; whatever is not, for whatever reason, is made again, and the log says so.
 
 Size and CRC-32C tell a file that was cut short, zeroed, overwritten or exchanged for another, not
-one that somebody made to have the same.
+one that somebody made to have the same. They are compared where the file's number and the times of
+its last changes are not those of its writing; where they are, it is certainly what was written.
 """
 
 import json

@@ -230,6 +230,10 @@ class Output:
         """The folder of the leases of those who are at work."""
         return self.path("_state", "running")
 
+    def listing(self, name: str) -> str:
+        """The file of a long list; see `listings`."""
+        return self.path("_state", "listings", name + ".json")
+
     @property
     def verdicts(self) -> str:
         """The ledger of verdicts."""
@@ -491,7 +495,9 @@ def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
     ]
     left = set(mine) - set(gone) | wanted
     of_gone += [path for path in mine if (of := _described(output, path)) and not of & left]
-    orphans = _orphans(output, set(mine) - unfinished)
+    listings = output.path("_state", "listings") + "/"
+    of_dead = {path for path in mine if path.startswith(listings)}
+    orphans = [*_orphans(output, set(mine) - unfinished), *(of_dead - unfinished)]
     with_marks = [file for path in gone for file in (marks.beside(path), path)]
     doomed = [*unfinished, *with_marks, *of_gone, *orphans]
     files.in_parallel(lambda path: files.remove([path]), doomed)
