@@ -323,7 +323,14 @@ def snapshot(folder, pattern="*"):
 
 
 def contents(folder):
-    """Path → bytes of all files that are not hidden; of run.json without its times.
+    """Path → bytes of all files that are not hidden, as of `whole`; of run.json without times."""
+    found = whole(folder)
+    state = json.loads(found.pop("run.json"))
+    return {**found, "run.json": {**state, "timings": sorted(state["timings"])}}
+
+
+def whole(folder):
+    """Path → bytes of all files that are not hidden.
 
     Marks are without the times of the files that they vouch for, which are others in each run.
     """
@@ -339,5 +346,4 @@ def contents(folder):
                 for path, (size, checksum, _) in mark[key].items():
                     mark[key][path] = size, checksum
             found[name] = json.dumps({**mark, "checksum": ""}).encode()
-    state = json.loads(found.pop("run.json"))
-    return {**found, "run.json": {**state, "timings": sorted(state["timings"])}}
+    return found

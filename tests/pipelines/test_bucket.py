@@ -135,7 +135,7 @@ def test_killed_before_a_file_has_its_name(tiny, start, calls, where):
     hidden = {name for name in left if name.rpartition("/")[2].startswith(".")}
     assert any(name.startswith(where) for name in hidden), hidden
     tiny.pull()
-    pulled = t.contents(tiny.out)
+    pulled = t.whole(tiny.out)
     for name in set(left) - hidden - {"run.json"}:
         if not name.startswith(("index/", "_state/")):
             assert pulled[name] == tiny.expected[name], name

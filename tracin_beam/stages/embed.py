@@ -110,7 +110,10 @@ def _embed_batch(
         return None, rejected
     if rejected:
         batch, positions = batch.take(kept), [positions[i] for i in kept]
-    finite = np.isfinite(result.squared_norm) & np.isfinite(result.embedding).all(axis=1)
+    # A sum is finite only where all of its numbers are, and takes a fraction of looking at each.
+    finite = np.isfinite(result.squared_norm) & np.isfinite(result.embedding.sum(axis=1))
+    if not finite.all():
+        finite = np.isfinite(result.squared_norm) & np.isfinite(result.embedding).all(axis=1)
     if target == "loss":
         not_finite_loss = ~np.isfinite(result.loss)
     else:
@@ -129,7 +132,9 @@ def _embed_batch(
         ids=ids,
         position=np.array(positions, np.int64),
         **{name: getattr(result, name) for name in embeddings.COMPUTED},
-    ).take(usable)
+    )
+    if not usable.all():
+        rows = rows.take(usable)
     return (rows if len(rows) else None), rejected
 
 
