@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -151,10 +152,56 @@ def test_what_is_certainly_as_it_was_is_not_read(root, monkeypatch):
     assert read(root)
 
 
-def test_what_was_written_to_with_the_old_time_is_read(root):
-    path = local(root, "results", "a")
-    before = os.stat(path)
+def written_into(path):
     with open(path, "r+b") as handle:
         handle.write(b"b")
+
+
+def zeroed(path):
+    with open(path, "r+b") as handle:
+        handle.write(bytes(1000))
+
+
+def replaced(path):
+    with open(path + ".new", "wb") as handle:
+        handle.write(b"b" * 1000)
+    os.replace(path + ".new", path)
+
+
+def exchanged(path):
+    other = os.path.join(os.path.dirname(path), "b")
+    os.rename(path, path + ".old")
+    os.rename(other, path)
+    os.rename(path + ".old", other)
+
+
+@pytest.mark.parametrize("change", [written_into, zeroed, replaced, exchanged])
+@pytest.mark.parametrize("coarse", [False, True], ids=["", "coarse"])
+def test_what_was_changed_with_the_old_time_is_read(tmp_path, monkeypatch, change, coarse):
+    """Of the same size and the same time of writing; also where files have whole seconds only."""
+    stat = os.stat
+
+    def in_seconds(path, *args, **kwargs):
+        found = stat(path, *args, **kwargs)
+        if not str(path).startswith(str(tmp_path)):
+            return found
+        return os.stat_result(found[:10], {"st_mtime_ns": 10**18, "st_ctime_ns": 10**18})
+
+    if coarse:
+        monkeypatch.setattr(files.os, "stat", in_seconds)
+    folder = str(tmp_path)
+    made = {}
+    for name in ("a", "b"):
+        path = files.join(folder, name)
+        with files.atomic_write(path) as handle:
+            handle.write(name.encode() * 1000)
+        made[path] = handle.stamp
+    assert bool(made[path].version) != coarse
+    marks.write(files.join(folder, "mark.json"), folder, "made of this", made)
+    assert marks.read(files.join(folder, "mark.json"), folder, "made of this")
+    time.sleep(0.02)  # the tick of an older kernel's clock
+    path = files.join(folder, "a")
+    before = stat(path)
+    change(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert read(root) is None
+    assert marks.read(files.join(folder, "mark.json"), folder, "made of this") is None

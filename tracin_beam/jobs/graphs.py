@@ -164,6 +164,11 @@ def _remove_others(made: Collection[str]) -> None:
         files.remove(sorted({info.path for info in files.list_folder(folder)} - set(made)))
 
 
+def is_known(job: Job, run: Run) -> bool:
+    """Whether a job has ended with these inputs, whatever has become of its results."""
+    return marks.is_of(run.output.done(*mark_of(job, run)), fingerprint_of(job, run))
+
+
 def is_done(job: Job, run: Run) -> bool:
     """Whether a job's results are there already; then run.json is made to tell of them."""
     wanted = set(job.parts.results(run))
@@ -194,7 +199,7 @@ def changed_embeddings(run: Run, mark: str, made: dict[str, files.Stamp]) -> str
     if not files.is_local(run.output.root):
         known = {path: stamp for path, stamp in made.items() if stamp.version}
         return marks.first_change(known) if len(known) <= _ASKED_AT_MOST else ""
-    made = {path: stamp for path, stamp in made.items() if files.signature(path) != stamp.version}
+    made = {path: s for path, s in made.items() if not files.is_certainly(path, s.version)}
     if sum(stamp.size for stamp in made.values()) > _READ_AT_MOST:
         made = {path: made[path] for path in files.written_since(made, mark)}
     return marks.first_change(made)

@@ -1,6 +1,7 @@
 """From the command line to the result: what every job but `plan` does."""
 
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -102,7 +103,7 @@ def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[
         dataflow.set_defaults(beam_options)
     FileSystems.set_options(beam_options)
     _log.info("looking at the task, the checkpoints and the data")
-    with prepared(config, job) as run:
+    with prepared(config, job, functools.partial(graphs.is_known, job)) as run:
         only_written = dataflow.only_written(beam_options)
         if only_written:
             run = dataclasses.replace(run, lease=None)
@@ -111,6 +112,7 @@ def carry_out(job: Job, config: Config, beam_options: PipelineOptions) -> tuple[
             return run, None
         elif run.lease and beam_options.view_as(StandardOptions).no_wait_until_finish:
             run.lease.detached = True
+        run = run.tried_out()
         if local.is_chosen(beam_options):
             progress.expect("embedding", sum(unit.shard.size for unit in run.units))
         result = execute(job, run, beam_options)

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracin_beam.config import Config
@@ -17,9 +17,9 @@ from tracin_beam.errors import InputError, os_problem
 from tracin_beam.inputs import formats
 from tracin_beam.inputs.checkpoints import read_checkpoints
 from tracin_beam.inputs.task import check_keras
+from tracin_beam.jobs import tryout
 from tracin_beam.jobs.registry import Job
 from tracin_beam.jobs.run_json import write_run
-from tracin_beam.jobs.tryout import try_out
 from tracin_beam.planning import dims
 from tracin_beam.storage import files, leases, listings, runs
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, Unit
@@ -69,6 +69,18 @@ class Run:
     kind: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lease: leases.Lease | None = None
     selection: Mapping[str, Any] | None = None
+    untried: tryout.Opened | None = None
+
+    def tried_out(self) -> "Run":
+        """The same run, which may compute something.
+
+        Raises:
+          InputError: anything that it would trip over.
+        """
+        if self.untried is None:
+            return self
+        source = tryout.try_out(self.untried, self.config, self.checkpoints, self.train, self.test)
+        return dataclasses.replace(self, source=source, untried=None)
 
     def travelling(self) -> "Run":
         """The same run, for a graph: its long lists travel by path."""
@@ -102,12 +114,15 @@ class CheckedRun:
 
 
 @contextlib.contextmanager
-def prepared(config: Config, job: Job) -> Iterator[Run]:
+def prepared(
+    config: Config, job: Job, is_known: Callable[[Run], bool] = lambda _: False
+) -> Iterator[Run]:
     """Checks a configuration against what it names, and begins the job in its output.
 
     Args:
       config: the flags.
       job: which one.
+      is_known: as of `check`.
 
     Yields:
       The run. As long as it is used no other run is at work on the same results.
@@ -116,7 +131,7 @@ def prepared(config: Config, job: Job) -> Iterator[Run]:
       InputError: anything that the run would trip over.
     """
     for _ in range(_ATTEMPTS):
-        found = check(config, with_test=job.uses_test)
+        found = check(config, with_test=job.uses_test, is_known=is_known)
         run, output = found.run, found.run.output
         name, claims = _claims(job, found)
         with contextlib.ExitStack() as stack:
@@ -191,8 +206,15 @@ def _begin(found: CheckedRun, run: Run) -> None:
     write_run(run, entries, anew=found.stale)
 
 
-def check(config: Config, *, with_test: bool) -> CheckedRun:
+def check(
+    config: Config, *, with_test: bool, is_known: Callable[[Run], bool] = lambda _: False
+) -> CheckedRun:
     """Checks a configuration against what it names, and writes nothing.
+
+    Args:
+      config: the flags.
+      with_test: whether the test set belongs to it.
+      is_known: whether an earlier run had the same inputs, so that it need not be tried out here.
 
     Raises:
       InputError: anything that the run would trip over.
@@ -215,11 +237,16 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
     automatic = config.dim == "auto"
     if config.dim == "auto":
         config = dataclasses.replace(config, dim=kept or dims.DIMS[0])
-    source, fingerprint, explicit_ids = try_out(config, checkpoints, train, test)
-    if config.checkpoints_select and config.checkpoints_select_by == "loss":
+    opened = tryout.opened(config, train)
+    source, fingerprint = opened.source, opened.fingerprint
+    stale = _changes(earlier, fingerprint)
+    by_loss = config.checkpoints_select and config.checkpoints_select_by == "loss"
+    at_once = stale or by_loss or (automatic and not kept)
+    if at_once:
+        source = tryout.try_out(opened, config, checkpoints, train, test)
+    if by_loss:
         known = earlier.get("selection") or {}
         checkpoints, selection = _selected(config, every, known, source, train)
-    stale = _changes(earlier, fingerprint)
     _check_same(config, stale, sets if test else {})
     if stale:
         earlier = {}
@@ -240,13 +267,16 @@ def check(config: Config, *, with_test: bool) -> CheckedRun:
         test,
         units,
         source,
-        explicit_ids,
+        opened.loaded.parser.gives_ids,
         fingerprint,
         _by_shard(units, checkpoints),
         started,
         source.get().engine.described_kind(),
         selection=selection,
+        untried=None if at_once else opened,
     )
+    if not is_known(run):
+        run = run.tried_out()
     return CheckedRun(run, earlier, bool(stale), choice, read)
 
 

@@ -22,11 +22,10 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
     config = run.config
     join = joins.join_of(run) if config.preconditioner != "none" else None
     results = graphs.embed_stage(pipeline, run)
-    fingerprints = run.shard_fingerprints
     made = results | "SelfInfluence" >> SelfInfluence(
         run.output,
         run.checkpoints,
-        {shard.path: fingerprints[shard.path] for shard in run.train},
+        run.shard_fingerprints,
         join,
         config.index_rows,
     )

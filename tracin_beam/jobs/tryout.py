@@ -27,19 +27,28 @@ _PILOT = 64
 _MOST_TRIED = 1024
 
 
-def try_out(
-    config: Config,
-    checkpoints: Sequence[CheckpointFile],
-    train: Sequence[Shard],
-    test: Sequence[Shard],
-) -> "tuple[EngineSource, dict[str, str], bool]":
-    """Loads everything once and runs some records through it."""
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A task with its engine, built for a record and not tried out yet.
+
+    Attributes:
+      loaded: the task and its engine, which are this process's.
+      source: what workers make them of.
+      fingerprint: of task and projection, by what a user calls its parts.
+    """
+
+    loaded: "Loaded"
+    source: "EngineSource"
+    fingerprint: dict[str, str]
+
+
+def opened(config: Config, train: Sequence[Shard]) -> Opened:
+    """Loads a task, and builds its engine with the first record that can be used."""
     task, task_source = load_task(files.home(config.task))
 
     from tracin_beam.gradients import projections, quantities
     from tracin_beam.gradients.engine import BatchParser, EngineConfig
     from tracin_beam.jobs import fingerprints
-    from tracin_beam.planning import speed
     from tracin_beam.stages import workers
 
     if config.projection not in projections.names():
@@ -48,14 +57,35 @@ def try_out(
             f"take one of {', '.join(projections.names())}."
         )
     quantities.check_target(config.target, task.targets)
-    parser = BatchParser(task)
     determining = config.embedding_flags()
     del determining["embedding_dtype"]  # of what is written, not of what is computed
     engine_config = EngineConfig(**determining, batch_size=config.batch_size)
-    sample, loaded = _load(task, parser, engine_config, train)
+    sample, loaded = _load(task, BatchParser(task), engine_config, train)
     # Only now, as building the model may have imported more of the user's modules.
     source = workers.EngineSource(task_source(), engine_config, sample)
     workers.adopt(source, loaded)
+    fingerprint = fingerprints.of_task(task, loaded.engine, config, source.task)
+    return Opened(loaded, source, fingerprint)
+
+
+def try_out(
+    opened: Opened,
+    config: Config,
+    checkpoints: Sequence[CheckpointFile],
+    train: Sequence[Shard],
+    test: Sequence[Shard],
+) -> "EngineSource":
+    """Runs some records through everything.
+
+    Returns:
+      The source of an engine that is right for the model.
+
+    Raises:
+      InputError: what is wrong with the task, a checkpoint or the records.
+    """
+    from tracin_beam.planning import speed
+
+    source, loaded = opened.source, opened.loaded
     try:
         tried = [_try(loaded, checkpoint, "loss", "train", train) for checkpoint in checkpoints]
     except InputError as error:
@@ -87,7 +117,7 @@ def try_out(
         _verify(loaded, checkpoints, batch)
     if slow := speed.slow(loaded, checkpoints[-1], batch):
         _log.warning("%s", slow)
-    return source, fingerprints.of_task(task, loaded.engine, config, source.task), parser.gives_ids
+    return source
 
 
 def _load(

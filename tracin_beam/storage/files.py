@@ -21,6 +21,7 @@ from tracin_beam.storage import unfinished
 
 _CHUNK = 1 << 20
 _REQUESTS = 32  # made of a file system at a time
+_COARSE = 1_000_000  # nanoseconds: times that are whole multiples tell little
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -211,7 +212,9 @@ def signature(path: str) -> str:
     """A text that stays the same while a file certainly does, made without reading the file.
 
     For a local file it holds the file's number, size and the times of its last changes, one of
-    which no program can set; elsewhere it is the checksum that the file system keeps.
+    which no program can set; elsewhere it is the checksum that the file system keeps. It is "",
+    which tells nothing, where the file system's clock is too coarse to tell two changes apart. (On
+    Linux before 6.13 two changes within one tick, some milliseconds, have one time too.)
 
     Raises:
       OSError: it is not there.
@@ -219,7 +222,18 @@ def signature(path: str) -> str:
     if not is_local(path):
         return checksum(path)
     found = os.stat(path)
+    if found.st_ctime_ns % _COARSE == 0:
+        return ""
     return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+
+
+def is_certainly(path: str, known: str) -> bool:
+    """Whether a file has a known `signature`; False where that tells nothing.
+
+    Raises:
+      OSError: it is not there.
+    """
+    return bool(known) and signature(path) == known
 
 
 def written_since(paths: Iterable[str], other: str) -> list[str]:
@@ -253,7 +267,7 @@ def difference(path: str, known: Stamp) -> str:
     """
     if not exists(path):
         return "it is missing"
-    if known.version and signature(path) == known.version:
+    if is_certainly(path, known.version):
         return ""
     if is_local(path) and (size := os.path.getsize(path)) != known.size:
         return f"it has {size:,} bytes and had {known.size:,}"

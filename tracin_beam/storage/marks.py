@@ -79,6 +79,15 @@ def read(
     return {**stored, "files": made}
 
 
+def is_of(path: str, fingerprint: str) -> bool:
+    """Whether a mark has a fingerprint, whatever has become of what it vouches for."""
+    try:
+        stored = files.read_json(path) if files.exists(path) else {}
+    except InputError:
+        return False
+    return files.fits(stored, _SHAPE) and bool(stored["fingerprint"] == fingerprint)
+
+
 def beside(path: str) -> str:
     """The mark of a single file."""
     return path + ".json"

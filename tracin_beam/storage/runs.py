@@ -286,7 +286,7 @@ def identify(path: str, size: int | None = None) -> tuple[str, str]:
 def is_unchanged(file: Shard | CheckpointFile) -> bool:
     """Whether an input file is still what it was when it was identified."""
     try:
-        if file.signature and files.signature(file.path) == file.signature:
+        if files.is_certainly(file.path, file.signature):
             return True
         return identify(file.path)[0] == file.identity
     except OSError:  # it is gone
