@@ -105,6 +105,8 @@ def join(base: str, *parts: str) -> str:
     Raises:
       InputError: that file system is unknown.
     """
+    if is_local(base):  # Beam asks all file systems which of them it is, each time
+        return os.path.join(base, *parts)
     try:
         return FileSystems.join(base, *parts)
     except ValueError as error:

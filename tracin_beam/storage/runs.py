@@ -494,7 +494,12 @@ def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
         and _stem(re.sub(r"(\.npz|\.parquet)?(\.json)?$", "", os.path.basename(path))) in names
     ]
     left = set(mine) - set(gone) | wanted
-    of_gone += [path for path in mine if (of := _described(output, path)) and not of & left]
+    features = output.path("features") + "/"
+    of_gone += [
+        path
+        for path in mine
+        if path.startswith(features) and not _described(output, path, features) & left
+    ]
     listings = output.path("_state", "listings") + "/"
     of_dead = {path for path in mine if path.startswith(listings)}
     orphans = [*_orphans(output, set(mine) - unfinished), *(of_dead - unfinished)]
@@ -507,12 +512,9 @@ def sweep(output: Output, there: Iterable[str], units: Sequence[Unit]) -> None:
                 os.removedirs(folder)
 
 
-def _described(output: Output, path: str) -> set[str]:
-    """Where the embeddings lie of what a feature file describes; empty for other files."""
-    base = output.path("features") + "/"
-    if not path.startswith(base):
-        return set()
-    stem = path.removeprefix(base).removesuffix(".json").removesuffix(".parquet")
+def _described(output: Output, path: str, features: str) -> set[str]:
+    """Where the embeddings lie of what a file in the folder of features describes."""
+    stem = path.removeprefix(features).removesuffix(".json").removesuffix(".parquet")
     embedded = output.path("embeddings", *stem.split("/"))
     return {embedded, embedded + ".tfrecord"}
 
@@ -526,16 +528,17 @@ def _orphans(output: Output, there: Collection[str]) -> list[str]:
     groups = set(plan.values()) if files.fits(plan, {str: int}) else set()
     orphans = []
     named: dict[str, set[str]] = {}
-    for path in sorted(there):
+    folders = (output.path("index") + "/", output.path("evaluation") + "/")
+    for path in sorted(path for path in there if path.startswith(folders)):
         index = re.fullmatch(r"(.*/index/part-(\d+)[.\d]*)/.*", path)
         judged = re.fullmatch(r".*/evaluation/[^/]+/group-(\d+)\..*", path)
-        if index and path.startswith(output.path("index")):
+        if index and path.startswith(folders[0]):
             mark = index[1] + "/partition.json"
             if mark not in named:
                 named[mark] = marks.named(mark, output.root) | {mark}
             if int(index[2]) not in groups or path not in named[mark]:
                 orphans.append(path)
-        elif judged and path.startswith(output.path("evaluation")) and int(judged[1]) not in groups:
+        elif judged and path.startswith(folders[1]) and int(judged[1]) not in groups:
             orphans.append(path)
     return orphans
 
