@@ -11,7 +11,7 @@ import pytest
 import tiny as t
 
 import tracin_beam
-from tracin_beam.signals import ridge
+from tracin_beam.signals import confidence, ridge
 from tracin_beam.storage import verdicts
 
 FLAGS = {"test": None, "projection": "none", "dim": None}
@@ -66,7 +66,7 @@ def judged(train, weights):
     votes = (y[nearest].sum(axis=1) + y.mean(axis=0)) / 11
     parts = (np.maximum(part, 0.1 / 3) for part in (q, softmax(logits), votes))
     m = np.prod([part**w for part, w in zip(parts, (3, 2, 1), strict=True)], axis=0) ** (1 / 6)
-    return m / m.sum(axis=1, keepdims=True), q
+    return m / m.sum(axis=1, keepdims=True), q, votes
 
 
 def confident_joint(q, label):
@@ -85,7 +85,7 @@ def test_signals_by_hand(job):
     train = job.good("train")
     assert [r["id"] for r in signals] == [row.id for row in train]
     assert [r["position"] for r in signals] == [row.position for row in train]
-    m, q = judged(train, job.weights[0])  # the first half of two checkpoints
+    m, q, votes = judged(train, job.weights[0])  # the first half of two checkpoints
     label = np.array([row.y for row in train])
     given = m[np.arange(len(train)), label]
     # Probabilities are kept as logs in float16.
@@ -105,7 +105,11 @@ def test_signals_by_hand(job):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
     wrong = {row.id for row, ratio in zip(train, others / given, strict=True) if ratio > 1}
-    assert {r["id"] for r in suspects if r["kind"] == "mislabelled"} == wrong
+    mislabelled = [r for r in suspects if r["kind"] == "mislabelled"]
+    assert {r["id"] for r in mislabelled} == wrong
+    curve = confidence.judged(score, (q + votes) / 2, label)
+    stated = [curve(r["score"]) for r in mislabelled]
+    np.testing.assert_allclose([r["confidence"] for r in mislabelled], stated, atol=0.02)
     assert metrics["metrics"]["suspects.mislabelled"] == len(wrong)
     np.testing.assert_allclose([r["others_probability"] for r in signals], q.max(axis=1), rtol=1e-6)
     joint = confident_joint(q, label)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -178,18 +178,23 @@ def write_night(
     Yields:
       Path and stamp of each file.
     """
-    from tracin_beam.stages.quality import SIGNALS
+    from tracin_beam.stages.quality import SIGNALS, curves
 
     rows: list[dict[str, Any]] = [dict(row) for row in others]
     named = _Names(rows)
     judged: list[pa.Table] = []
+    cohorts: dict[str, list[str]] = {}
+    for shard, (part, summary) in sorted(parts.items()):
+        if shard not in trusted:
+            cohorts.setdefault(summary["cohort"], []).append(part)
+    stated = curves(cohorts) if kind == "classification" else {}
 
     def looked_at() -> Iterator[pa.Table]:
         for shard in sorted(parts):
             piece = tables.read(parts[shard][0])
             named.look(piece)
             if len(piece) and piece["shard"][0].as_py() not in trusted:
-                rows.extend(_mislabelled(piece, kind))
+                rows.extend(_mislabelled(piece, kind, stated))
                 judged.append(piece.select(["mislabel_score", *_OF_RANGE]))
             yield piece
 
@@ -317,10 +322,17 @@ def _first_seen(output: Output, date: str) -> dict[tuple[Any, ...], str]:
     return {_key(row): row["first_seen"] for row in rows if row["first_seen"] <= date}
 
 
-def _mislabelled(piece: pa.Table, kind: str) -> Iterator[dict[str, Any]]:
+def _mislabelled(
+    piece: pa.Table, kind: str, stated: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+) -> Iterator[dict[str, Any]]:
     """The examples of which another label is likelier than their own.
 
     Of a regression: whose target is further from what the others say than three times the usual.
+
+    Args:
+      piece: rows of `signals.parquet`.
+      kind: of the task.
+      stated: confidence by mislabel score, by cohort; the score itself where there is none.
     """
     if kind == "classification":
         suspect = pc.greater(piece["best_other_ratio"], 1.0)
@@ -328,11 +340,12 @@ def _mislabelled(piece: pa.Table, kind: str) -> Iterator[dict[str, Any]]:
         suspect = pc.greater(piece["mislabel_score"], 0.75 if kind == "regression" else 0.5)
     for row in piece.filter(pc.fill_null(suspect, False)).to_pylist():
         score = row["mislabel_score"]
+        curve = stated.get(row["cohort"], np.asarray)
         yield {
             **{name: row[name] for name in SUSPECTS.names if name in row},
             "kind": "mislabelled",
             "score": score,
-            "confidence": score,
+            "confidence": float(curve(np.float64(score))),
             "supporting_ids": [],
         }
 

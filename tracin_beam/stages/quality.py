@@ -15,6 +15,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.gradients import kinds
 from tracin_beam.inputs import formats
 from tracin_beam.signals import (
+    confidence,
     influence,
     mislabel,
     neighbours,
@@ -41,9 +42,10 @@ from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
-VERSION = 4  # of the signals
+VERSION = 5  # of the signals
 _VERSION = 2  # of the feature files
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
+_EVIDENCE = 2000  # examples of a shard that confidence is judged by
 
 # What the other examples say of a class: the likeliest one, its probability, and the one that the
 # example is confidently taken for, if any.
@@ -137,6 +139,10 @@ class Night:
     def part(self, result: ShardResult) -> str:
         """The signals of a shard."""
         return self.output.path("_state", "quality", "parts", result.shard.name + ".parquet")
+
+    def evidence(self, result: ShardResult) -> str:
+        """What some of a shard's examples tell of how sure their scores are."""
+        return evidence_of(self.part(result))
 
     def sums(self, result: ShardResult) -> str:
         """The sums of a shard, under a name that says what they are of."""
@@ -473,7 +479,7 @@ def signals_of(
     choices: Mapping[int, Choice],
     spreads: Mapping[int, np.ndarray],
     near: Mapping[str, np.ndarray],
-) -> tuple[pa.Table, dict[str, Any]]:
+) -> tuple[pa.Table, dict[str, Any], dict[str, np.ndarray]]:
     """Rows of `signals.parquet` for the same examples at every checkpoint.
 
     Args:
@@ -486,13 +492,15 @@ def signals_of(
       near: see `neighbours.read_columns`.
 
     Returns:
-      The rows, and of classes `nights.surprises`.
+      The rows; of classes `nights.surprises`; and of those of them that have a label, the arrays
+      that `confidence.judged` takes.
     """
     last = rows[-1]
     size = len(last)
     near = dict(near)
     labels_around = near.pop("labels", np.zeros((size, 0)))
     surprises: dict[str, Any] = {}
+    evidence: dict[str, np.ndarray] = {}
     target, known = _targets(night, last, described[0])
     logs = np.stack([one.log_probabilities for one in described], axis=1).astype(np.float64)
     outputs = np.stack(
@@ -540,10 +548,13 @@ def signals_of(
                 nights.surprise(logs, m, night.cohorts[shard]), np.where(known, label, -1)
             )
             shares = ridges[night.places[-1]].constant
-            m = mislabel.joined(q, p[:, -1], mislabel.votes(labels_around, shares))
+            votes = mislabel.votes(labels_around, shares)
+            m = mislabel.joined(q, p[:, -1], votes)
             score, suggested = mislabel.scores(m, label), mislabel.suggestions(m).astype(float)
             ratio = mislabel.best_other_ratio(m, label)
             mean = q.mean(axis=1)
+            of = {"score": score, "evidence": (mean + votes) / 2, "label": label}
+            evidence = {name: column[known] for name, column in of.items()}
             usual = np.mean([choices[place].usual for place in night.places], axis=0)
             taken = mislabel.confident(mean, usual).astype(float)
             values = mean.argmax(axis=1), mean.max(axis=1), np.where(taken < 0, np.nan, taken)
@@ -579,7 +590,7 @@ def signals_of(
         },
         schema=SIGNALS,
     )
-    return table, surprises
+    return table, surprises, evidence
 
 
 class WriteSignals(beam.DoFn):
@@ -599,6 +610,8 @@ class WriteSignals(beam.DoFn):
         night, ridges, summaries = self._night, _read_fits(fits), []
         mine = choices(judged, night.cohorts[result.shard.path])
         near = around.read_columns(night, result)  # which are there, since the suspects are
+        told: list[dict[str, np.ndarray]] = []
+        stride = -(-result.used // _EVIDENCE)
 
         def pieces() -> Iterator[pa.Table]:
             done = 0
@@ -606,9 +619,10 @@ class WriteSignals(beam.DoFn):
                 done += len(rows[-1])
                 at = slice(done - len(rows[-1]), done)
                 some = {name: column[at] for name, column in near.items()}
-                piece, surprises = signals_of(
+                piece, surprises, evidence = signals_of(
                     night, result.shard.path, rows, described, ridges, mine, spreads, some
                 )
+                told.append({name: column[::stride] for name, column in evidence.items()})
                 classes, first = night.kind == "classification", rows[0].prediction
                 found = nights.summary(piece, classes, result.shard.identity, first)
                 summaries.append({**found, **surprises, "model": night.model})
@@ -616,7 +630,39 @@ class WriteSignals(beam.DoFn):
 
         path = night.part(result)
         sinks.write_parquet(path, SIGNALS, pieces())
+        if night.kind == "classification":
+            joined = {name: np.concatenate([one[name] for one in told]) for name in told[0]}
+            arrays.write(night.evidence(result), joined)
         yield result.shard.path, (path, nights.merged(summaries))
+
+
+def evidence_of(part: str) -> str:
+    """`Night.evidence` of a shard, from `Night.part`."""
+    folder, _, name = part.rpartition("/")
+    name = name.removesuffix(".parquet") + ".npz"
+    return files.join(folder.rpartition("/")[0], "evidence", name)
+
+
+def curves(parts: Mapping[str, Sequence[str]]) -> dict[str, confidence.Curve]:
+    """The probability of a wrong label by mislabel score, by cohort.
+
+    Args:
+      parts: by cohort, the signals of shards that are not trusted.
+    """
+    found = {cohort: _evidence(some) for cohort, some in parts.items()}
+    few = [cohort for cohort, told in found.items() if len(told["label"]) < _ENOUGH]
+    if few:
+        every = _evidence([part for some in parts.values() for part in some])
+        found |= dict.fromkeys(few, every)
+    return {c: confidence.judged(**told) for c, told in found.items() if len(told["label"])}
+
+
+def _evidence(parts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What examples of some shards tell, of as many as are looked at, from all over them."""
+    classes = arrays.read(evidence_of(parts[0]))["evidence"].shape[1]
+    most = max(1, confidence.LARGEST // (_EVIDENCE * classes))
+    told = [arrays.read(evidence_of(part)) for part in parts[:: -(-len(parts) // most)]]
+    return {name: np.concatenate([one[name] for one in told]) for name in told[0]}
 
 
 def contents(pair: tuple[str, tuple[str, dict[str, Any]]]) -> Iterator[tuple[bytes, dict]]:

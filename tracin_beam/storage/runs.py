@@ -38,7 +38,10 @@ from tracin_beam.storage import files, marks, patterns
 TRAIN = "train"
 _LONGEST_NAME = 150  # bytes of a shard's name, to which names of files of ours add some
 # Of _state, with a file for each shard.
-_OF_SHARDS = ("self_influence", *(f"quality/{of}" for of in ("parts", "neighbours", "around")))
+_OF_SHARDS = (
+    "self_influence",
+    *(f"quality/{of}" for of in ("parts", "neighbours", "around", "evidence")),
+)
 _FOLDERS = (
     "embeddings",
     "index",
