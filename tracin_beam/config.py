@@ -237,6 +237,13 @@ class Config:
         "small models.",
         embeddings=True,
     )
+    gradient: str = _flag(
+        "plain",
+        "What is taken of an example: plain, its gradient; adam, its gradient divided by √v + ε, v "
+        "being Adam's second moments, which TracInCheckpoint(optimizer_state=True) keeps.",
+        choices=("plain", "adam"),
+        embeddings=True,
+    )
     dim: int | Literal["auto"] = _flag(
         1024,
         "Length of an embedding, or auto: the smallest with which a pilot sample reaches "

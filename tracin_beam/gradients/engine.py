@@ -38,7 +38,7 @@ from tracin_beam.gradients import (
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
 from tracin_beam.inputs import state
-from tracin_beam.inputs.checkpoints import first_ten
+from tracin_beam.inputs.checkpoints import first_ten, moments_of, read_notes
 from tracin_beam.inputs.task import Task, in_keras_thread
 from tracin_beam.inputs.weights import WeightsLoader
 
@@ -75,6 +75,8 @@ class EngineConfig:
         of which their `forms.Split` gives an estimate; or "sketched", ‖S∇ℓ‖².
       ways: "REGEX=WAY,…", which weights take which way to their sketch; see `ways.parse`.
       rules: whether layers take their rules; without, every weight goes the general, slow way.
+      gradient: "plain", or "adam": divided by √v + ε number by number, v being the optimizer's
+        second moments at the checkpoint.
       padding: whether examples of different lengths are padded and go together; without, those
         of one length do.
     """
@@ -88,6 +90,7 @@ class EngineConfig:
     ways: str = ""
     rules: bool = True
     padding: bool = True
+    gradient: str = "plain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +289,8 @@ class Engine:
             for place, (spec, x) in enumerate(flat)
         ]
         self._values_spec = [tf.TensorSpec(v.shape, v.dtype) for v in self.model.variables]
+        if config.gradient == "adam":
+            self._values_spec += [tf.TensorSpec(w.shape, tf.float32) for w in self.weights]
 
     def _build(self) -> None:
         self.model = self.task.model()
@@ -381,11 +386,12 @@ class Engine:
         _, found = self._found
         written = [self.weights[i].size for i in found.general]
         projected = 2 * sum(written) + sum(
-            self.projection.numbers(self.specs[i], form) for i, form in found.forms.items()
+            self.projection.numbers(self.specs[i], self._as_scaled(i, form))
+            for i, form in found.forms.items()
         )
         kept = sum(written) + sum(
             sum(math.prod(n or _POSITIONS for n in x.shape[1:]) for x in tf.nest.flatten(form))
-            for form in found.dots.values()
+            for form in self._dots().values()
         )
         # Outputs are kept for the backward pass, which has as many gradients on the way.
         numbers = 2 * found.outputs + max(projected, kept)
@@ -413,7 +419,27 @@ class Engine:
 
     def _load(self, path: str) -> list[tf.Tensor]:
         self._loader.load(path)
-        return [tf.identity(tf.convert_to_tensor(v.value)) for v in self.model.variables]
+        found = [tf.identity(tf.convert_to_tensor(v.value)) for v in self.model.variables]
+        return found + (self._scales(path) if self.config.gradient == "adam" else [])
+
+    @functools.cached_property
+    def _moments_loader(self) -> WeightsLoader:
+        return WeightsLoader(self.model)
+
+    def _scales(self, path: str) -> list[tf.Tensor]:
+        """1 / (√v + ε) of every weight at a checkpoint."""
+        moments = moments_of(path)
+        self._moments_loader.load(moments)
+        epsilon = float(read_notes(moments).get("epsilon", 0.0))
+        found = [np.asarray(w.variable.value, np.float64) for w in self.weights]
+        for weight, v in zip(self.weights, found, strict=True):
+            if not (v >= 0).all():  # as `TracInCheckpoint` marks those that were not trained
+                raise InputError(
+                    f"{moments} has no second moments of {weight.path}: if it was frozen in "
+                    "training, freeze it in the task, or choose others with --layers."
+                )
+        tiny = 1e-30  # of a weight that has had no gradient yet, where ε is zero
+        return [tf.constant(1 / np.maximum(np.sqrt(v) + epsilon, tiny), tf.float32) for v in found]
 
     def embed(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> Embedded:
         """Embeds the examples of a batch of any size.
@@ -829,8 +855,12 @@ class Engine:
         return max(_TOLERANCES.get(dtype, 1e-3) for dtype in dtypes)
 
     def _assign(self, values: list[tf.Tensor]) -> None:
-        for variable, value in zip(self.model.variables, values, strict=True):
+        for variable, value in zip(self.model.variables, self._of_model(values), strict=True):
             variable.assign(value)
+
+    def _of_model(self, values: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+        """The model's variables, of what `values` gives."""
+        return values[: len(self.model.variables)]
 
     def _plain(self, values: list[tf.Tensor], example: Batch) -> list[np.ndarray]:
         # By the model's own variables, as in training: nothing that the fast way relies on.
@@ -844,7 +874,9 @@ class Engine:
             )
             total = tf.reduce_sum(quantity)
         gradients = tape.gradient(total, sources, unconnected_gradients="zero")
-        return [tf.convert_to_tensor(g).numpy() for g in gradients]
+        found = [tf.convert_to_tensor(g).numpy() for g in gradients]
+        scales = [scale.numpy() for scale in values[len(self.model.variables) :]]
+        return [g * scale for g, scale in zip(found, scales, strict=True)] if scales else found
 
     def _groups(self, batch: Batch) -> list[tuple[np.ndarray, Batch]]:
         """Examples of one length, where they must not be padded; empty where nothing is."""
@@ -969,15 +1001,29 @@ class Engine:
     def _gradients(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> capture.Captured:
+        of_model = self._of_model(values)
         captured = capture.per_example_gradients(
-            *self._found, self._forward(target), values, flat, self._structure
+            *self._found, self._forward(target), of_model, flat, self._structure
         )
         if not captured.gradients:
             raise InputError(
                 f"the {target} does not depend on any weight of --layers={self.config.layers}, "
                 "or not in a way that TensorFlow differentiates"
             )
-        return captured
+        if self.config.gradient == "plain":
+            return captured
+        scales = values[len(of_model) :]
+        found = {
+            i: forms.scaled(form, scales[i], self.specs[i].shape)
+            for i, form in captured.gradients.items()
+        }
+        return dataclasses.replace(captured, gradients=found)
+
+    def _as_scaled(self, i: int, form: Form) -> Form:
+        """The form, of `tf.TensorSpec`s, in which a weight's gradient leaves `_gradients`."""
+        if self.config.gradient == "plain" or forms.keeps_its_form(form):
+            return form
+        return forms.Full(tf.TensorSpec([None, self.specs[i].size], tf.float32))
 
     def _embed(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
@@ -1016,7 +1062,9 @@ class Engine:
         if found is not None:
             return found
         features, *_ = nests.repack(self._structure, flat)
-        with keras.StatelessScope(list(zip(self.model.variables, values, strict=True))):
+        with keras.StatelessScope(
+            list(zip(self.model.variables, self._of_model(values), strict=True))
+        ):
             return added.values_alone(self.model, self.added, features)
 
     def _features(
@@ -1029,7 +1077,9 @@ class Engine:
     def _outputs(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
     ) -> tuple[tf.Tensor, ...]:
-        with keras.StatelessScope(list(zip(self.model.variables, values, strict=True))):
+        with keras.StatelessScope(
+            list(zip(self.model.variables, self._of_model(values), strict=True))
+        ):
             _, outputs = self._forward(target)(*nests.repack(self._structure, flat))
         return tuple(outputs)
 
@@ -1095,11 +1145,17 @@ class Engine:
 
     def _dots(self) -> dict[int, Form]:
         """By index of the weight, the form in which its inner products are taken."""
-        general = {
-            i: forms.Full(tf.TensorSpec([None, self.weights[i].size], tf.float32))
-            for i in self.general
+
+        def whole(i: int) -> Form:
+            return forms.Full(tf.TensorSpec([None, self.weights[i].size], tf.float32))
+
+        general = {i: whole(i) for i in self.general}
+        found = self._found[1]
+        kept = {
+            i: form if self._as_scaled(i, found.forms[i]) is found.forms[i] else whole(i)
+            for i, form in found.dots.items()
         }
-        return dict(sorted({**self._found[1].dots, **general}.items()))
+        return dict(sorted({**kept, **general}.items()))
 
     def _ready(self, captured: capture.Captured) -> dict[int, Form]:
         return {

@@ -204,6 +204,29 @@ def materialise(form: Form, shape: Sequence[int]) -> tf.Tensor:
             return tf.reshape(summed, [-1, size])
 
 
+def keeps_its_form(form: Form) -> bool:
+    """Whether a gradient that is multiplied number by number is still of its form; see `scaled`."""
+    return all(isinstance(part, Rows | Full) for part in parts_of(form))
+
+
+def scaled(form: Form, scale: tf.Tensor, shape: Sequence[int]) -> Form:
+    """The gradients of a weight of this shape, multiplied number by number with float32 [*shape].
+
+    Rows of an embedding stay rows, and what is written out stays so. Factors do not: their product
+    with a matrix has none, so that it is written out.
+    """
+    if not keeps_its_form(form):
+        return Full(materialise(form, shape) * tf.reshape(scale, [-1]))
+    found: list[Single] = []
+    for part in parts_of(form):
+        if isinstance(part, Rows):
+            matrix = tf.reshape(scale, [shape[0], -1])
+            found.append(Rows(part.ids, part.rows * tf.gather(matrix, part.ids)))
+        elif isinstance(part, Full):
+            found.append(Full(part.value * tf.reshape(scale, [-1])))
+    return Sum(tuple(found)) if isinstance(form, Sum) else found[0]
+
+
 def squared_norm(form: Form) -> tf.Tensor:
     """‖G_b‖² for each example, exact: float32 [B].
 

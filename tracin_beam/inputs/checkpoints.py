@@ -426,6 +426,12 @@ def _saved_attributes(prefix: str) -> set[str]:
         return set()
 
 
+def moments_of(path: str) -> str:
+    """Where the optimizer's second moments at a checkpoint lie, where the training kept them."""
+    folder, _, name = path.rpartition("/")
+    return files.join(folder, "optimizer", name.removesuffix(MODEL).removesuffix(WEIGHTS) + WEIGHTS)
+
+
 def read_notes(path: str) -> dict[str, Any]:
     """What `weights.save` noted in a file: its step, learning rate and others; of others nothing.
 

@@ -225,6 +225,53 @@ def save(model: keras.Model, path: str, notes: Mapping[str, Any]) -> None:
         files.upload(local, path)
 
 
+def save_like(
+    weights_path: str,
+    model: keras.Model,
+    path: str,
+    of_variable: Callable[[keras.Variable], np.ndarray | None],
+    notes: Mapping[str, Any],
+) -> None:
+    """Writes a file like one that `save` wrote, with other numbers for some of its variables.
+
+    Args:
+      weights_path: that file.
+      model: of which it is.
+      path: of the new one; it appears there whole or not at all.
+      of_variable: what stands for a variable, of its shape; None for its own value.
+      notes: as of `save`.
+
+    Raises:
+      InputError: the model saves its weights in a way of its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "model" + WEIGHTS)
+        files.download(weights_path, local)
+        with h5py.File(local, "r+") as file:
+            in_model = {
+                _dataset(place, key): value
+                for place, group in _record(model).items()
+                for key, value in group.values.items()
+            }
+            in_file = {
+                _dataset(place, key): dataset
+                for place, group in _groups(file).items()
+                for key, dataset in group.values.items()
+            }
+            for name, value in in_model.items():
+                found = of_variable(value) if isinstance(value, keras.Variable) else None
+                if found is None:
+                    continue
+                if name not in in_file:
+                    raise InputError(
+                        f"{type(model).__name__} saves its weights in a way of its own, in which "
+                        "its optimizer's state cannot be told"
+                    )
+                in_file[name][...] = found
+            file.attrs[NOTES] = json.dumps(notes)
+        files.upload(local, path)
+
+
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[h5py.File]:
     """Opens the HDF5 file of weights that a checkpoint is, or holds. Damage is an `InputError`."""

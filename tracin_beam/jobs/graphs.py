@@ -109,6 +109,7 @@ def finish(
             "made is not marked as whole. Run again."
         )
     inputs: list[Shard | CheckpointFile] = [*run.train, *run.test, *run.checkpoints]
+    inputs += [c.moments for c in run.checkpoints if c.moments]
     for file, same in zip(inputs, files.in_parallel(runs.is_unchanged, inputs), strict=True):
         if not same:
             files.remove(path for path, _ in made)

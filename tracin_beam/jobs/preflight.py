@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tracin_beam.config import Config
 from tracin_beam.errors import InputError, os_problem
 from tracin_beam.inputs import formats
-from tracin_beam.inputs.checkpoints import read_checkpoints
+from tracin_beam.inputs.checkpoints import moments_of, read_checkpoints
 from tracin_beam.inputs.task import check_keras
 from tracin_beam.jobs import tryout
 from tracin_beam.jobs.registry import Job
@@ -298,6 +298,7 @@ def _checkpoints(config: Config) -> tuple[CheckpointFile, ...]:
             *runs.identify(path),
             training=number,
             trainings=len(trainings),
+            moments=_moments(path, c.step) if config.gradient == "adam" else None,
         )
         for number, training in enumerate(trainings)
         for c in training
@@ -313,6 +314,21 @@ def _checkpoints(config: Config) -> tuple[CheckpointFile, ...]:
                 "the same training run: give each once."
             )
     return found
+
+
+def _moments(path: str, step: int) -> CheckpointFile:
+    """The optimizer's second moments beside a checkpoint.
+
+    Raises:
+      InputError: there are none.
+    """
+    moments = moments_of(path)
+    if not files.exists(moments):
+        raise InputError(
+            f"--gradient=adam: there is no {moments}, the optimizer's second moments beside "
+            f"{path}: train with TracInCheckpoint(…, optimizer_state=True)."
+        )
+    return CheckpointFile(moments, step, None, 0.0, *runs.identify(moments))
 
 
 def _selected(
@@ -420,7 +436,10 @@ def _units(
             checkpoint,
             target,
             runs.digest(
-                [fingerprint, known, shard.path, shard.name, shard.identity, checkpoint.identity]
+                [
+                    *(fingerprint, known, shard.path, shard.name, shard.identity),
+                    *(checkpoint.identity, checkpoint.moments and checkpoint.moments.identity),
+                ]
             ),
         )
         for name, shards, target, known in both

@@ -91,6 +91,7 @@ class CheckpointFile:
       training: which of the training runs it is of, from 0.
       trainings: how many there are; scores are averaged over them.
       name: of its folders, where the step alone would be another checkpoint's.
+      moments: the optimizer's second moments there, where gradients are divided by them.
     """
 
     path: str
@@ -102,6 +103,7 @@ class CheckpointFile:
     training: int = 0
     trainings: int = 1
     name: str = ""
+    moments: "CheckpointFile | None" = None
 
     @property
     def folder(self) -> str:
