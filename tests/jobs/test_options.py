@@ -281,7 +281,7 @@ def test_marked_flags_are_what_the_engine_takes():
     marked = config.Config().embedding_flags()
     assert marked.pop("embedding_dtype") == "float32"  # of what is written
     assert marked == {name: engine[name] for name in marked}
-    assert list(marked) == ["layers", "projection", "dim", "seed", "norms", "ways"]
+    assert list(marked) == ["layers", "projection", "gradient", "dim", "seed", "norms", "ways"]
 
 
 def test_help(capsys):

@@ -1114,7 +1114,7 @@ class Engine:
         """By index of a weight whose gradients are outer products of one position, their specs."""
         return {
             i: form
-            for i, form in self._found[1].dots.items()
+            for i, form in self._dots().items()
             if isinstance(form, forms.Outer) and form.left.shape[1] == 1 and i not in self.general
         }
 
