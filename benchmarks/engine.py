@@ -19,6 +19,11 @@ from workloads import LOSS
 from tracin_beam import Task
 from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
 
+WAYS = {
+    "sketched norms": {"norms": "sketched"},
+    "exact norms": {"norms": "exact"},
+    "--gradient adam": {"gradient": "adam"},
+}
 BATCHES = {"mlp": (256, 1024), "resnet20": (64,), "transformer": (16,)}
 
 
@@ -84,11 +89,13 @@ def main() -> None:
         for size in BATCHES[name]:
             task, task_parser, batch = random_batch(name, size)
             ways: dict[str, Callable[[], object]] = {}
-            for norms in ("sketched", "exact"):
-                config = EngineConfig(dim=arguments.dim, batch_size=size, norms=norms)
+            for way, changed in WAYS.items():
+                config = EngineConfig(dim=arguments.dim, batch_size=size, **changed)
                 engine = Engine(task, config, task_parser, batch)
                 values = [tf.identity(v.value) for v in engine.model.variables]
-                ways[f"{norms} norms"] = functools.partial(engine.embed, values, batch)
+                if config.gradient == "adam":
+                    values += [tf.ones(w.shape) for w in engine.weights]
+                ways[way] = functools.partial(engine.embed, values, batch)
             ways["bare pass"] = bare_pass(engine, batch)
             taken = medians(ways, arguments.repeats)
             for way, seconds in taken.items():

@@ -39,7 +39,12 @@ def launch(pipeline_options):
     from tracin_beam.jobs.registry import JOBS
 
     def run(stage, **flags):
-        given = [f"--{name}={value}" for name, value in flags.items() if value is not True]
+        given = [
+            f"--{name}={value}"
+            for name, values in flags.items()
+            for value in (values if isinstance(values, list) else [values])
+            if value is not True
+        ]
         given += [f"--{name}" for name, value in flags.items() if value is True]
         return JOBS[stage].main([*given, *pipeline_options])
 

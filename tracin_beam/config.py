@@ -239,8 +239,8 @@ class Config:
     )
     gradient: str = _flag(
         "plain",
-        "What is taken of an example: plain, its gradient; adam, its gradient divided by √v + ε, v "
-        "being Adam's second moments, which TracInCheckpoint(optimizer_state=True) keeps.",
+        "What is taken of an example: plain, its gradient; adam, its gradient divided by √v + ε as "
+        "in Adam's steps, with the moments v that TracInCheckpoint(optimizer_state=True) keeps.",
         choices=("plain", "adam"),
         embeddings=True,
     )

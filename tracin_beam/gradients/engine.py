@@ -37,7 +37,7 @@ from tracin_beam.gradients import (
 )
 from tracin_beam.gradients.capture import Weight
 from tracin_beam.gradients.forms import Form
-from tracin_beam.inputs import state
+from tracin_beam.inputs import moments, state
 from tracin_beam.inputs.checkpoints import first_ten, moments_of, read_notes
 from tracin_beam.inputs.task import Task, in_keras_thread
 from tracin_beam.inputs.weights import WeightsLoader
@@ -75,8 +75,8 @@ class EngineConfig:
         of which their `forms.Split` gives an estimate; or "sketched", ‖S∇ℓ‖².
       ways: "REGEX=WAY,…", which weights take which way to their sketch; see `ways.parse`.
       rules: whether layers take their rules; without, every weight goes the general, slow way.
-      gradient: "plain", or "adam": divided by √v + ε number by number, v being the optimizer's
-        second moments at the checkpoint.
+      gradient: "plain", or "adam": scaled number by number as the optimizer's steps are, by its
+        second moments at the checkpoint; see `inputs.moments`.
       padding: whether examples of different lengths are padded and go together; without, those
         of one length do.
     """
@@ -427,19 +427,23 @@ class Engine:
         return WeightsLoader(self.model)
 
     def _scales(self, path: str) -> list[tf.Tensor]:
-        """1 / (√v + ε) of every weight at a checkpoint."""
-        moments = moments_of(path)
-        self._moments_loader.load(moments)
-        epsilon = float(read_notes(moments).get("epsilon", 0.0))
-        found = [np.asarray(w.variable.value, np.float64) for w in self.weights]
-        for weight, v in zip(self.weights, found, strict=True):
-            if not (v >= 0).all():  # as `TracInCheckpoint` marks those that were not trained
+        """What the optimizer multiplies gradients of every weight by at a checkpoint."""
+        beside = moments_of(path)
+        notes = read_notes(beside)
+        of_weights = read_notes(path).get("weights")
+        if of_weights is not None and of_weights != notes.get("weights"):
+            raise InputError(f"{beside} has the second moments of other weights than {path} has.")
+        self._moments_loader.load(beside)
+        found = []
+        for weight in self.weights:
+            scale = moments.scale(np.asarray(weight.variable.value), notes)
+            if scale is None:
                 raise InputError(
-                    f"{moments} has no second moments of {weight.path}: if it was frozen in "
-                    "training, freeze it in the task, or choose others with --layers."
+                    f"{beside} has no second moments of {weight.path}, which the optimizer did not "
+                    "train: freeze it in the task as well, or choose others with --layers."
                 )
-        tiny = 1e-30  # of a weight that has had no gradient yet, where ε is zero
-        return [tf.constant(1 / np.maximum(np.sqrt(v) + epsilon, tiny), tf.float32) for v in found]
+            found.append(tf.constant(scale, tf.float32))
+        return found
 
     def embed(self, values: list[tf.Tensor], batch: Batch, target: str = "loss") -> Embedded:
         """Embeds the examples of a batch of any size.

@@ -9,13 +9,12 @@ import keras
 import numpy as np
 
 from tracin_beam.errors import InputError
-from tracin_beam.inputs import batches, state, trained, weights
+from tracin_beam.inputs import batches, moments, state, trained, weights
 from tracin_beam.inputs.checkpoints import (
     LISTING,
     WEIGHTS,
     checked_rate,
     first_ten,
-    moments_of,
     read_entries,
     read_notes,
 )
@@ -101,7 +100,7 @@ def _write(
     epoch: int | None,
     iterations: int | None,
     shards: list[dict[str, str]] | None,
-    moments: keras.optimizers.Optimizer | None,
+    optimizer: keras.optimizers.Optimizer | None,
 ) -> str:
     """Saves the weights and appends an entry to `entries`, in place and in the listing.
 
@@ -124,48 +123,13 @@ def _write(
         "state": state.adapted(model),
     }
     weights.save(model, path, notes)
-    if moments is not None:
-        _save_moments(model, moments, path)
+    if optimizer is not None:
+        moments.save(model, optimizer, path)
     entry = {"path": name, "step": step, "epoch": epoch, "learning_rate": learning_rate}
     trained.note(entry, entries, shards)
     entries.append(entry)
     files.write_json(files.join(directory, LISTING), entries)
     return path
-
-
-def _save_moments(model: keras.Model, optimizer: keras.optimizers.Optimizer, path: str) -> None:
-    """Saves the second moments v of every trained weight, and ε, for the weights at a path.
-
-    A weight that the optimizer does not train has −1, which no second moment is.
-    """
-    kept = _second_moments(optimizer)
-    every = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
-
-    def of_variable(variable: keras.Variable) -> np.ndarray | None:
-        if id(variable) in kept:
-            return weights.array(kept[id(variable)])
-        return np.full(tuple(variable.shape), -1.0) if id(variable) in every else None
-
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    notes = {"epsilon": float(inner.epsilon), "optimizer": type(inner).__name__}
-    weights.save_like(path, model, moments_of(path), of_variable, notes)
-
-
-def _second_moments(optimizer: Any) -> dict[int, Any]:
-    """An optimizer's second moments, by the id of the variable.
-
-    Raises:
-      InputError: it keeps none.
-    """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    largest = getattr(inner, "amsgrad", False)
-    moments = getattr(inner, "_velocity_hats" if largest else "_velocities", None)
-    if not moments or not hasattr(inner, "epsilon"):
-        raise InputError(
-            f"optimizer_state=True: {type(inner).__name__} keeps no second moments; it is for Adam "
-            "and its like (AdamW, Nadam, RMSprop)"
-        )
-    return {id(v): m for v, m in zip(inner._trainable_variables, moments, strict=True)}
 
 
 class TracInCheckpoint(keras.callbacks.Callback):
@@ -207,8 +171,8 @@ class TracInCheckpoint(keras.callbacks.Callback):
       record_batches: whether to save which examples each step used, with its learning rate, and
         the weights before the first one, for `scoring.replay`. It costs a digest of every example
         of every batch, and takes steps one by one.
-      optimizer_state: whether to keep Adam's second moments beside the weights, in
-        `<directory>/optimizer/`, for `--gradient adam`.
+      optimizer_state: whether to keep the second moments of Adam, AdamW, Nadam, Adamax or RMSprop
+        beside the weights, in `<directory>/optimizer/`, for `--gradient adam`.
       train: the shards that are trained on: a glob as of `--train`, or a list of paths. They are
         listed with size and checksum, so that the job `quality` can tell examples that the model
         has seen from new ones.
@@ -288,8 +252,8 @@ class TracInCheckpoint(keras.callbacks.Callback):
                 "A MultiOptimizer has many learning rates: give TracInCheckpoint the one that "
                 "counts, by optimizer= or learning_rate="
             )
-        if self.optimizer_state and getattr(self._optimizer(), "built", True):
-            _second_moments(self._optimizer())
+        if self.optimizer_state:
+            moments.check(self._optimizer())
         self._batches = self._unsaved_batches = 0
         self._first_count, self._first = self._count(), self._sample()
         self._stepped, self._saved, self._trained = False, False, self._first

@@ -234,6 +234,8 @@ def save_like(
 ) -> None:
     """Writes a file like one that `save` wrote, with other numbers for some of its variables.
 
+    The states of optimizers and metrics are left out.
+
     Args:
       weights_path: that file.
       model: of which it is.
@@ -244,30 +246,29 @@ def save_like(
     Raises:
       InputError: the model saves its weights in a way of its own.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    own = _record(model, _of_training(model))
+    with tempfile.TemporaryDirectory() as folder, _open(weights_path) as source:
+        stored = _groups(source)
         local = os.path.join(folder, "model" + WEIGHTS)
-        files.download(weights_path, local)
-        with h5py.File(local, "r+") as file:
-            in_model = {
-                _dataset(place, key): value
-                for place, group in _record(model).items()
-                for key, value in group.values.items()
-            }
-            in_file = {
-                _dataset(place, key): dataset
-                for place, group in _groups(file).items()
-                for key, dataset in group.values.items()
-            }
-            for name, value in in_model.items():
-                found = of_variable(value) if isinstance(value, keras.Variable) else None
-                if found is None:
-                    continue
-                if name not in in_file:
+        with h5py.File(local, "w") as file:
+            for place, group in own.items():
+                there = stored.get(place, _Group(None, {}))
+                if set(group.values) != set(there.values):
                     raise InputError(
                         f"{type(model).__name__} saves its weights in a way of its own, in which "
                         "its optimizer's state cannot be told"
                     )
-                in_file[name][...] = found
+                written = file.create_group(f"{place}/vars".lstrip("/"))
+                if group.name is not None:
+                    written.attrs["name"] = group.name
+                for key, variable in group.values.items():
+                    value = of_variable(variable) if isinstance(variable, keras.Variable) else None
+                    if value is None:
+                        value = _read(there.values[key])
+                    if value.dtype == ml_dtypes.bfloat16:  # which HDF5 does not know
+                        value = value.astype(np.float32)
+                    dataset = written.create_dataset(key, data=value)
+                    dataset.attrs["name"] = there.values[key].attrs.get("name", "")
             file.attrs[NOTES] = json.dumps(notes)
         files.upload(local, path)
 

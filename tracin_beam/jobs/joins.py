@@ -15,9 +15,15 @@ def join_of(run: Run) -> Join:
     """The Join of a run, with no queries where the job has no test set.
 
     Raises:
-      InputError: embeddings are too long for the preconditioner.
+      InputError: embeddings are too long for the preconditioner, or it needs factors of gradients
+        that have none.
     """
     config, engine = run.config, run.source.get().engine
+    if config.preconditioner == "kfac" and config.gradient == "adam":
+        raise InputError(
+            "--preconditioner=kfac needs the factors of gradients, which they have no more when "
+            "--gradient=adam has scaled them number by number: take --preconditioner=projected."
+        )
     join = Join(
         run.output,
         run.train,
