@@ -7,7 +7,7 @@ from tracin_beam._version import __version__
 from tracin_beam.errors import InputError
 
 if TYPE_CHECKING:
-    from tracin_beam.api import embed, influence, open, plan, quality, self_influence
+    from tracin_beam.api import cluster, embed, influence, open, plan, quality, self_influence
     from tracin_beam.inputs.callback import TracInCheckpoint, save_checkpoint
     from tracin_beam.inputs.shards import Parser, write_shards
     from tracin_beam.inputs.task import Task
@@ -18,6 +18,7 @@ __all__ = [
     "Task",
     "TracInCheckpoint",
     "__version__",
+    "cluster",
     "embed",
     "influence",
     "open",
@@ -30,6 +31,7 @@ __all__ = [
 
 # Imported when used: they bring TensorFlow or Beam.
 _LAZY = {
+    "cluster": "api",
     "embed": "api",
     "influence": "api",
     "open": "api",

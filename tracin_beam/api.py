@@ -69,6 +69,24 @@ class FinishedRun:
         """The self-influence table: a row for each training example."""
         return Result(self, self._paths().self_influence())
 
+    def groups(self, test_name: str = "test") -> "Result":
+        """The influence of groups on groups, if `group_by` was given."""
+        return Result(self, self._paths().path("group_influence", test_name))
+
+    def slices(self, test_name: str = "test") -> "Result":
+        """The proponents and opponents of slices of a test set, if `slice` was given."""
+        return Result(self, self._paths().path("slice_influence", test_name))
+
+    def clusters(self) -> "Result":
+        """The table of `cluster`: a row for each training example, and its page."""
+        paths = self._paths()
+        return Result(self, paths.path("clusters"), paths.cluster_report)
+
+    def cluster_summary(self) -> "Result":
+        """A row for each cluster: its size, its labels, and the examples nearest to its centre."""
+        paths = self._paths()
+        return Result(self, paths.cluster_summary, paths.cluster_report)
+
     def suspects(self, date: str | None = None) -> "Result":
         """What a night found to look at, the worst of each kind first; by default the last night.
 
@@ -201,9 +219,14 @@ class Result:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        from tracin_beam.storage import files
+
         said = html.escape(repr(self)).replace("\n", "<br>")
         if not self.folder or self.note:
             return f"<p>{said}</p>"
+        if self.report == self.run._paths().cluster_report:
+            with files.open_read(self.report) as handle:
+                return f"<p>{said}</p>{_framed(handle.read().decode())}"
         if self.report and not self.folder.endswith(".parquet"):
             return f"<p>{said}</p>{_framed(self.run._page(self._read()))}"
         first = self._read().slice(0, _SHOWN)
@@ -352,6 +375,46 @@ def self_influence(
     inputs = {"checkpoints": checkpoints, "train": train, "output": output}
     run, note = _run("self_influence", task, {**inputs, **flags}, options, progress)
     return dataclasses.replace(run.self_influence(), note=note)
+
+
+def cluster(
+    task: "Task | str",
+    *,
+    checkpoints: Value | Sequence[Value],
+    train: Value | Sequence[Value],
+    output: Value,
+    options: Options = None,
+    progress: bool = True,
+    **flags: Value | Sequence[Value],
+) -> Result:
+    """Clusters the training examples by k-means, such that those of a cluster influence alike.
+
+    Rows are what scores are products of, so that ‖x − x'‖² is score(z, z) + score(z', z') −
+    2 score(z, z'): the paper's sum of similarities over checkpoints, of embeddings.
+
+    Args:
+      task, checkpoints, train, output, options, progress: as of `influence`.
+      **flags: any other flag of the command, such as `clusters=20`, or of Beam's.
+
+    Returns:
+      The table, a row for each training example with its cluster and the distance to its centre;
+      and its page. `run.cluster_summary()` has a row for each cluster.
+
+    Raises:
+      InputError: an input has to be mended; the message says which.
+
+    Example:
+
+      >>> import tracin_beam
+      >>> result = tracin_beam.cluster(**example_inputs, clusters=3, progress=False)
+      >>> result.table("arrow", columns=["id", "cluster"]).num_rows
+      24
+      >>> sum(result.run.cluster_summary().table("arrow")["examples"].to_pylist())
+      24
+    """
+    inputs = {"checkpoints": checkpoints, "train": train, "output": output}
+    run, note = _run("cluster", task, {**inputs, **flags}, options, progress)
+    return dataclasses.replace(run.clusters(), note=note)
 
 
 def quality(

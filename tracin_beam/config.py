@@ -392,6 +392,25 @@ class Config:
         "compared with these.",
         jobs=("quality",),
     )
+    clusters: int = _flag(
+        10, "Clusters of training examples to make.", _whole, at_least=1, jobs=("cluster",)
+    )
+    rounds: int = _flag(
+        10,
+        "Times that the clusters' centres are moved, at most; each is a pass over the embeddings, "
+        "or over 100,000 of them.",
+        _whole,
+        at_least=0,
+        at_most=1000,
+        jobs=("cluster",),
+    )
+    cluster_by: str = _flag(
+        "distance",
+        "What is near: rows at a small distance, or, whatever their length, of much the same "
+        "direction.",
+        choices=("distance", "direction"),
+        jobs=("cluster",),
+    )
     to: str = _flag(
         "",
         "Folder for the cleaned shards, which --train never names.",

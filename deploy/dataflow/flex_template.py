@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _setting(command, "bucket", "bucket of the template, and of staged and temporary files")
     _setting(build, "image", "name of the image to make, with its tag")
     build.add_argument("--gpu", action="store_true", help="with CUDA's libraries for TensorFlow")
-    run.add_argument(STAGE, help="embed, influence, self_influence or quality")
+    run.add_argument(STAGE, help="cluster, embed, influence, self_influence or quality")
     _setting(run, "region")
     run.add_argument("--job_name", help="by default tracin-<stage>-<time>")
     run.add_argument("--public_ips", action="store_true", help="give workers public addresses")

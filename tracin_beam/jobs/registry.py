@@ -89,6 +89,13 @@ JOBS: dict[str, Job] = {
             "tracin_beam.jobs.quality",
         ),
         Job(
+            "cluster",
+            "Clusters of training examples that influence alike, and their most typical examples.",
+            (*_ALWAYS, "output"),
+            "tracin_beam.jobs.cluster",
+            uses_test=False,
+        ),
+        Job(
             "plan",
             "Before a run: how many examples, bytes, worker hours and how much memory; writes "
             "nothing.",

@@ -47,15 +47,18 @@ class Reading:
         return f"{name} ({'' if self.probabilities else 'logit '}{value:.2f})"
 
 
-def reading(rows: pa.Table, run: Mapping[str, Any], label_names: Sequence[str] | None) -> Reading:
-    """How to read a table's labels and predictions: by run.json, or else by their values."""
+def reading(
+    rows: pa.Table | None, run: Mapping[str, Any], label_names: Sequence[str] | None
+) -> Reading:
+    """How to read labels and predictions: by run.json, or else by their values in the table."""
     known = run.get("kind")
     kind = known if isinstance(known, Mapping) else {}
     if kind.get("name") in ("classification", "multilabel", "regression"):
         classes = kind["name"] == "classification"
         threshold = kind.get("threshold") if classes else None
         return Reading(classes, threshold, bool(kind.get("probabilities")), label_names)
-    return Reading(_is_classification(rows, label_names), None, False, label_names)
+    classes = rows is not None and _is_classification(rows, label_names)
+    return Reading(classes, None, False, label_names)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("Projection", projection))
     if damping := _damping(_dict(run, "damping")):
         facts.append(("Damping", damping))
+    if clusters := _clusters(_dict(run, "clusters")):
+        facts.append(("Clusters", clusters))
     if distinct := _distinct(_dict(run, "distinct")):
         facts.append(("Distinct examples", distinct))
     return facts + _retrieval(_dict(run, "retrieval"))
@@ -33,6 +35,14 @@ def _damping(damping: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [f"{damping['value']:g} × the mean eigenvalue,", chosen])).rstrip(
         ","
     )
+
+
+def _clusters(clusters: Mapping[str, Any]) -> str:
+    """How clusters were made: "by distance, 7 rounds, after which nothing moved"."""
+    if not isinstance(clusters.get("rounds"), int):
+        return ""
+    made = [f"by {words.printable(clusters.get('by'))}", f"{clusters['rounds']} rounds"]
+    return ", ".join([*made, *["after which nothing moved"] * bool(clusters.get("settled"))])
 
 
 def _distinct(distinct: Mapping[str, Any]) -> str:

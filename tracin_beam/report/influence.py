@@ -57,7 +57,7 @@ def influence_page(
         "influence.html",
         context,
         run,
-        styles=("page.css", "influence.css"),
+        styles=("page.css", "lists.css", "influence.css"),
         scripts=("influence.js",),
     )
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from tracin_beam.gradients import nests
 from tracin_beam.inputs import formats
-from tracin_beam.report import excerpt, quality, sprites
+from tracin_beam.report import clusters, excerpt, quality, sprites
 from tracin_beam.report.explanations import Place, places_shown, reading
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Show, Shown, show_example
-from tracin_beam.storage import files, records, runs
+from tracin_beam.storage import files, records, runs, tables
 from tracin_beam.storage.runs import Output
 
 if TYPE_CHECKING:
@@ -81,6 +81,23 @@ def write_quality_report(
         store=runs.digest([output.root]),
     )
     with files.atomic_write(files.join(folder, "report.html")) as handle:
+        handle.write(page.encode())
+    return handle.stamp
+
+
+def write_cluster_report(output: Output, loaded: "Loaded", state: Mapping[str, Any]) -> files.Stamp:
+    """Writes the page of the clusters, and returns what it then holds.
+
+    Args:
+      output: where the tables are.
+      loaded: the task, which parses the examples that are shown.
+      state: run.json.
+    """
+    summary = tables.read(output.cluster_summary)
+    shown = shown_at(loaded.parse, clusters.places_shown(summary), loaded.task.show, 128)
+    names = loaded.task.label_names
+    page = clusters.clusters_page(summary, shown, state, label_names=names)
+    with files.atomic_write(output.cluster_report) as handle:
         handle.write(page.encode())
     return handle.stamp
 

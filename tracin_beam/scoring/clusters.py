@@ -7,7 +7,7 @@ Of rows x = (√weight_c T_c^½ e_c)_c the inner products are scores, so that
 and a centre is near to the examples that would help, and be helped by, the same ones.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
@@ -15,7 +15,8 @@ import numpy as np
 _AT_ONCE = 8192
 
 
-class Sums(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sums:
     """What a centre's next place follows from; those of several parts add up.
 
     Attributes:

@@ -68,6 +68,7 @@ class Curvature:
         self._means = means
         self._damping = damping
         self._inverse: np.ndarray | None = None
+        self._root: np.ndarray | None = None
         self._parts: dict[str, Kronecker | np.ndarray] = {}
         # A process's threads share it, and each inverse is to be taken once.
         self._lock = threading.Lock()
@@ -78,6 +79,16 @@ class Curvature:
             if self._inverse is None:
                 self._inverse = inverse(self._means["R"], self._damping)
         return rows.astype(np.float64) @ self._inverse
+
+    def root(self, rows: np.ndarray) -> np.ndarray:
+        """Qᵀ s of float [n, D], Q Qᵀ being (R + κ tr(R)/D I)⁻¹: float64 [n, D].
+
+        Their inner products are those of s with what `solve` makes of another s.
+        """
+        if self._root is None:
+            values, vectors = np.linalg.eigh(inverse(self._means["R"], self._damping))
+            self._root = vectors * np.sqrt(np.maximum(values, 0))
+        return rows.astype(np.float64) @ self._root
 
     def precondition(self, gradients: Sequence[Any]) -> list[Any]:
         """K-FAC's inverse times gradients, weight by weight.

@@ -101,6 +101,10 @@ class Score:
         """T_c of queries' embeddings at the checkpoint of this place: float32 [q, D]."""
         return embedding
 
+    def of_root(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
+        """T_c^½ of embeddings, whose inner products are estimated terms: float [n, D]."""
+        return embedding
+
     def of_gradients(self, checkpoint: int, gradients: "Queries") -> "Queries":
         """T_c of queries' gradients, for the exact score."""
         return gradients
@@ -196,6 +200,9 @@ class Projected(TracInCP):
 
     def of_embeddings(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
         return self._of(checkpoint).solve(embedding)
+
+    def of_root(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
+        return self._of(checkpoint).root(embedding)
 
     def squares(self, checkpoint: int, embedding: np.ndarray) -> np.ndarray:
         return self._of(checkpoint).squares(embedding)

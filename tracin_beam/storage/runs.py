@@ -52,6 +52,8 @@ _FOLDERS = (
     "evaluation",
     "curvature",
     "self_influence",
+    "clusters",
+    "cluster_summary",
     "features",
     "reports",
     "rejected",
@@ -249,6 +251,15 @@ class Output:
 
     def self_influence(self, *parts: str) -> str:
         return self.path("self_influence", *parts)
+
+    @property
+    def cluster_summary(self) -> str:
+        """The table with a row for each cluster."""
+        return self.path("cluster_summary", "cluster_summary.parquet")
+
+    @property
+    def cluster_report(self) -> str:
+        return self.path("reports", "clusters", "report.html")
 
     def total_mark(self, test_name: str, shard: Shard) -> str:
         return self.path("_state", "total_influence", test_name, shard.name + ".json")
