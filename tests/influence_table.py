@@ -71,6 +71,8 @@ class Page(html.parser.HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self._open: list[str] = []
+        self._starts: list[int] = []
+        self._texts: list[tuple[str, str]] = []
         self.feed(source)
         self.close()
         assert not self._open
@@ -79,12 +81,14 @@ class Page(html.parser.HTMLParser):
         self.elements.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self._open.append(tag)
+            self._starts.append(len(self.text))
 
     def handle_startendtag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self._open.pop() == tag
+        self._texts.append((tag, self.text[self._starts.pop() :]))
 
     def handle_data(self, data):
         if not {"style", "title", "script"} & set(self._open):
@@ -92,3 +96,7 @@ class Page(html.parser.HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+    def texts(self, tag: str) -> list[str]:
+        """The text in each element of a tag, on a line."""
+        return [" ".join(text.split()) for name, text in self._texts if name == tag]

@@ -107,7 +107,9 @@ def _parameters(parameters: dict[str, str], flags: Sequence[str], fail: Any) -> 
             fail(f"{word} is not a parameter of the template; write globs and lists in quotes.")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        parameters[name] = value
+        between = declared[name].get("customMetadata", {}).get("repeated")
+        before = [parameters[name]] if between and name in parameters else []
+        parameters[name] = (between or "").join([*before, value])
     for name, value in parameters.items():
         regexes = declared[name].get("regexes", [])
         if not all(re.match(regex, value) for regex in regexes):

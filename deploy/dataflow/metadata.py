@@ -73,9 +73,16 @@ def _parameter(name: str, about: str, regex: str = "", optional: bool = True) ->
     }
     if regex:
         found["regexes"] = [f"^({regex})$"]
+    flag = config.flags().get(name)
+    said: dict[str, str] = {}
+    if flag and flag.repeated:
+        said["repeated"] = ";"
+        found["helpText"] = f"{about} Here several stand with ; between them."
     needed_by = [job.name for job in JOBS.values() if job.on_beam and name in job.needs]
     if needed_by:  # for flex_template.py, unless a --config file has it
-        found["customMetadata"] = {"needed_by": ",".join(sorted(needed_by))}
+        said["needed_by"] = ",".join(sorted(needed_by))
+    if said:
+        found["customMetadata"] = said
     return found
 
 

@@ -266,6 +266,24 @@ def test_a_launch_with_workers_of_ones_own(script):
     assert flags["--parameters"]["number_of_worker_harness_threads"] == "2"
 
 
+def test_several_training_runs(script, monkeypatch):
+    runs = ["--checkpoints=gs://my-bucket/b", "--checkpoints", "gs://my-bucket/c"]
+    done, (_, flags) = script("run", "embed", *INPUT, *runs, "--dim=8", "--dim=16", **WHERE)
+    assert done.returncode == 0, done.stderr
+    given = flags["--parameters"]
+    assert given["checkpoints"] == "gs://my-bucket/ckpts;gs://my-bucket/b;gs://my-bucket/c"
+    assert given["dim"] == "16"
+    # The launcher's main takes them apart.
+    found = []
+    monkeypatch.setattr(JOBS["embed"].__class__, "main", lambda job, flags: found.extend(flags))
+    launched = runpy.run_path(str(FOLDER / "main.py"))["main"]
+    launched([f"--{name}={value}" for name, value in given.items()])
+    one, *more = (flag for flag in found if flag.startswith("--checkpoints="))
+    assert one == "--checkpoints=gs://my-bucket/ckpts"
+    assert more == ["--checkpoints=gs://my-bucket/b", "--checkpoints=gs://my-bucket/c"]
+    assert f"--train={given['train']}" in found
+
+
 def test_a_config_file_may_have_the_input(script):
     done, (_, flags) = script("run", "influence", "--config=gs://my-bucket/run.yaml", **WHERE)
     assert done.returncode == 0, done.stderr

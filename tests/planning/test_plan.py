@@ -292,3 +292,11 @@ def test_what_the_run_would_trip_over_the_plan_says(problem, capsys):
     said = capsys.readouterr().err
     assert said.startswith("tracin-beam plan: --train: No file matches 'nowhere-*'")
     assert "Traceback" not in said
+
+
+def test_each_pass_over_the_gradients_is_counted():
+    train, test = data([600, 400]), data([100])
+    asked = job(choice=EXACT, passes=("total", "groups and slices"))
+    seconds = plan.make(train, test, 0, SPEED, asked).seconds
+    assert seconds["total"] == seconds["groups and slices"] == 2 * 1100 / 500
+    assert "total" not in plan.make(train, test, 0, SPEED, job(choice=EXACT)).seconds

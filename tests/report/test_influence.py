@@ -52,6 +52,39 @@ class TestInfluencePage:
         assert len(page.all("script")) == 1
         assert {audio["src"] for audio in page.all("audio")} == {sound.content}
 
+    def test_shows_groups_and_slices(self):
+        groups = [
+            {
+                "train_group": train,
+                "test_group": test,
+                "score_mean": 0.5 if train == "web" else -0.25,
+                "standard_error": 0.2 if test else None,
+                "train_examples": 7,
+                "test_examples": 5 if test else 1,
+            }
+            for train in ("web", HOSTILE)
+            for test in ("cat", "")
+        ]
+        slices = [
+            {"slice": HOSTILE, "test_examples": 17, **row(0, role, rank, 2.0 / rank)}
+            for role in ("proponent", "opponent")
+            for rank in (2, 1)
+        ]
+        tables = [pa.Table.from_pylist(rows) for rows in (groups, slices)]
+        shown = {("train.tfrecord", 1): Shown("text", "Muddy waters")}
+        made = influence_page(table(0), shown, RUN, groups=tables[0], slices=tables[1])
+        page = Page(made)
+        assert "<script>alert" not in made
+        # By name; the error of one that is not known is left out.
+        assert page.texts("td") == ["−0.2500", "−0.2500 ± 0.2000", "+0.5000", "+0.5000 ± 0.2000"]
+        clear = [cell.get("class", "") for cell in page.all("td")]
+        assert [("clear" in c, "proponent" in c) for c in clear] == [
+            *((False, False), (False, False), (False, True), (True, True))
+        ]
+        assert "not known" in page.text
+        assert "the mean of these 17 most" in page.text
+        assert page.text.index("Muddy waters") < page.text.index("test-0")
+
     def test_escapes_whatever_is_not_ours(self):
         rows = table(0, test_id=HOSTILE, train_id=HOSTILE)
         shown = {("test.tfrecord", 0): Shown("text", HOSTILE)}

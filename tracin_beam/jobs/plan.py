@@ -108,6 +108,7 @@ def make(config: Config) -> Planned:
         way,
         config.hours,
         config.worker_memory,
+        _passes(config),
     )
     sets = {runs.TRAIN: train} | ({config.test_name: test} if test else {})
     made = plan.make(train, test, stored, measured, job)
@@ -120,6 +121,14 @@ def make(config: Config) -> Planned:
         choice,
         config,
     )
+
+
+def _passes(config: Config) -> tuple[str, ...]:
+    """What of the flags goes through the training set's gradients; projected takes embeddings."""
+    if config.preconditioner == "projected":
+        return ()
+    asked = {"total": config.total, "groups and slices": config.group_by or config.slice}
+    return tuple(name for name, wanted in asked.items() if wanted)
 
 
 def _todo(found: CheckedRun) -> list[Unit]:

@@ -106,6 +106,7 @@ class Job:
       choice: how candidates are found; None without a test set.
       hours: wanted wall time.
       worker_memory: bytes.
+      passes: what else goes through the gradients of the whole training set, once each.
     """
 
     checkpoints: int
@@ -117,6 +118,7 @@ class Job:
     choice: cost.Choice | None
     hours: float
     worker_memory: int
+    passes: tuple[str, ...] = ()
 
 
 def embedding_bytes(
@@ -308,6 +310,9 @@ def make(train: Data, test: Data | None, stored: int, speed: Speed, job: Job) ->
         seconds["rescore"] = scored / speed.score_rows
         seen = checked(train.records, tests, job, speed.batch_size)
         seconds["recall"] = seen / speed.score_rows
+        # The test set's gradients are summed, and products of the training set's taken with that.
+        once = job.checkpoints * (train.total + tests) / speed.score_rows
+        seconds |= dict.fromkeys(job.passes, once)
         memory += max(held, rescore_memory(tests, job, speed))
     units = sum(data.units_todo for data in sets)
     wanted = max(1, math.ceil(sum(seconds.values()) / (3600 * job.hours)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tracin_beam.report import explanations, pages, words
+from tracin_beam.report import explanations, pages, sets, words
 from tracin_beam.report.explanations import Influence, count_tests
 from tracin_beam.report.show import Shown
 
@@ -30,6 +30,8 @@ def influence_page(
     label_names: Sequence[str] | None = None,
     max_tests: int = 30,
     tests_in_table: int | None = None,
+    groups: pa.Table | None = None,
+    slices: pa.Table | None = None,
 ) -> str:
     """Makes the page: every test example with the training examples that influenced it most.
 
@@ -41,6 +43,8 @@ def influence_page(
       label_names: names of the classes 0, 1, …; without them labels are shown as numbers.
       max_tests: how many test examples to show; wrong predictions come first.
       tests_in_table: how many the whole table explains, if `rows` are not all.
+      groups: the table of group_influence, if there is one.
+      slices: that of slice_influence.
 
     Returns:
       A whole HTML document that refers to nothing outside itself.
@@ -52,6 +56,8 @@ def influence_page(
         label_names=label_names,
         max_tests=max_tests,
         tests_in_table=tests_in_table,
+        groups=groups,
+        slices=slices,
     )
     return pages.render(
         "influence.html",
@@ -70,14 +76,21 @@ def influence_context(
     label_names: Sequence[str] | None,
     max_tests: int,
     tests_in_table: int | None,
+    groups: pa.Table | None = None,
+    slices: pa.Table | None = None,
 ) -> dict[str, Any]:
     """What `influence.html` needs besides what all pages do; the arguments of `influence_page`."""
     read = explanations.reading(rows, run, label_names)
     tests = explanations.arrange(rows, read, max_tests=max_tests)
-    influences = [one for test in tests for one in test.proponents + test.opponents]
+    of_slices = sets.slices_of(slices, read)
+    lists = [test.proponents + test.opponents for test in tests]
+    lists += [one.proponents + one.opponents for one in of_slices]
+    influences = [one for some in lists for one in some]
     target = (run.get("config") or {}).get("target")
     return {
         "tests": tests,
+        "groups": sets.groups_of(groups),
+        "slices": of_slices,
         "tests_in_table": count_tests(rows) if tests_in_table is None else tests_in_table,
         "any_wrong": any(test.wrong for test in tests),
         "any_bars": any(len(one.by_checkpoint) > 1 for one in influences),

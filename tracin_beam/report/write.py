@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracin_beam.gradients import nests
 from tracin_beam.inputs import formats
-from tracin_beam.report import clusters, excerpt, quality, sprites
+from tracin_beam.report import clusters, excerpt, quality, sets, sprites
 from tracin_beam.report.explanations import Place, places_shown, reading
 from tracin_beam.report.influence import influence_page
 from tracin_beam.report.show import Show, Shown, show_example
@@ -37,6 +37,15 @@ def write_influence_report(
     found = excerpt.read(output.influence(test_name), state, names, max_tests)
     rows = found.rows
     places = places_shown(rows, reading(rows, state, names), max_tests=max_tests)
+    # A run that did not ask for them keeps those of an earlier one if they hold still.
+    groups, slices = (
+        tables.read_folder(folder) if files.list_folder(folder) else None
+        for folder in (
+            output.path("group_influence", test_name),
+            output.path("slice_influence", test_name),
+        )
+    )
+    places |= sets.places_shown(slices)
     page = influence_page(
         rows,
         shown_at(loaded.parse, places, loaded.task.show),
@@ -44,6 +53,8 @@ def write_influence_report(
         label_names=names,
         max_tests=max_tests,
         tests_in_table=found.tests,
+        groups=groups,
+        slices=slices,
     )
     with files.atomic_write(output.report(test_name)) as handle:
         handle.write(page.encode())
