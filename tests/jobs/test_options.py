@@ -279,7 +279,7 @@ def test_a_new_flag_that_touches_embeddings_is_in_the_fingerprint(monkeypatch):
 def test_marked_flags_are_what_the_engine_takes():
     engine = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
     marked = config.Config().embedding_flags()
-    assert marked.pop("embedding_dtype") == "float32"  # of what is written
+    assert marked.pop("embedding_dtype") == "auto"  # of what is written
     assert marked == {name: engine[name] for name in marked}
     assert list(marked) == ["layers", "projection", "gradient", "dim", "seed", "norms", "ways"]
 

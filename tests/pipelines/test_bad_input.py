@@ -443,7 +443,7 @@ def test_output_of_another_run(tiny, fails):
         ({"dim": 32}, ["dim (16 → 32)"]),
         ({"seed": 1}, ["seed (0 → 1)"]),
         ({"projection": "gaussian"}, ["projection (countsketch → gaussian)"]),
-        ({"embedding_dtype": "int8"}, ["embedding_dtype (float32 → int8)"]),
+        ({"embedding_dtype": "float32"}, ["embedding_dtype (int8 → float32)"]),
         ({"layers": "kernel"}, ["layers (all → kernel)"]),
         ({"layers": "kernel", "seed": 1}, ["layers (all → kernel)", "seed (0 → 1)"]),
         ({"target": "margin"}, ["target of the test set 'test' (loss → margin"]),

@@ -390,3 +390,22 @@ def test_a_run_json_of_nonsense(made, capfd):
     (made.out / "run.json").write_text(json.dumps(made.run_json())[:-9])
     assert made.run("embed") == 2
     assert "run.json is not valid JSON" in capfd.readouterr().err
+
+
+def test_the_dtype_of_embeddings_is_kept(tiny):
+    def dtype():
+        return tiny.run_json()["config"]["embedding_dtype"]
+
+    tiny.write_all()
+    assert tiny.run("embed", embedding_dtype="float32") == 0
+    before = t.snapshot(tiny.out / "embeddings")
+    assert tiny.run("influence") == 0
+    tiny.check(tables=("influence",))
+    assert dtype() == "float32"
+    after = t.snapshot(tiny.out / "embeddings")
+    assert {name: after[name] for name in before} == before
+    # When everything is made anew, so is the choice.
+    assert tiny.run("embed", seed=1, overwrite=True) == 0
+    assert dtype() == "int8"
+    assert tiny.run("embed", projection="none", overwrite=True) == 0
+    assert dtype() == "float32"

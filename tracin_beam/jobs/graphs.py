@@ -71,10 +71,9 @@ def finish_with(
       found: what to write to run.json and is known at the end only: one value each.
     """
     found = dict(found or {})
-    nothing = beam.pvalue.AsList(pipeline | "Nothing" >> beam.Create([]))
     _ = (
         pipeline
-        | "Once" >> beam.Create([None])
+        | "Once" >> beam.Impulse()
         | "Finish"
         >> beam.Map(
             lambda _, results, made, *values, names=tuple(found): finish(
@@ -85,7 +84,7 @@ def finish_with(
                 made,
             ),
             beam.pvalue.AsList(results),
-            beam.pvalue.AsList(made) if made else nothing,
+            beam.pvalue.AsList(made) if made else [],
             *map(beam.pvalue.AsList, found.values()),
         )
     )

@@ -90,7 +90,7 @@ def make(config: Config) -> Planned:
     dim = run.source.get().engine.dim
     stored = sum(
         plan.embedding_bytes(
-            dim, shards, count, id_bytes(run.source, shards), config.embedding_dtype
+            dim, shards, count, id_bytes(run.source, shards), run.config.embedding_dtype
         )
         for shards, count in ((run.train, counted.train), (run.test, counted.test))
     )

@@ -21,7 +21,7 @@ from tracin_beam.jobs import tryout
 from tracin_beam.jobs.registry import Job
 from tracin_beam.jobs.run_json import write_run
 from tracin_beam.planning import dims
-from tracin_beam.storage import files, leases, listings, runs
+from tracin_beam.storage import embeddings, files, leases, listings, runs
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, Shard, Unit
 
 if TYPE_CHECKING:
@@ -237,6 +237,8 @@ def check(
     automatic = config.dim == "auto"
     if config.dim == "auto":
         config = dataclasses.replace(config, dim=kept or dims.DIMS[0])
+    given = config.embedding_dtype
+    config = _with_dtype(config, earlier)
     opened = tryout.opened(config, train)
     source, fingerprint = opened.source, opened.fingerprint
     stale = _changes(earlier, fingerprint)
@@ -250,6 +252,8 @@ def check(
     _check_same(config, stale, sets if test else {})
     if stale:
         earlier = {}
+        config = _with_dtype(dataclasses.replace(config, embedding_dtype=given), earlier)
+        fingerprint = {**fingerprint, "embedding_dtype": config.embedding_dtype}
     choice = None
     if automatic and kept and not stale:
         _log.info("--dim=auto: %d, as in the earlier run in %s", kept, config.output)
@@ -465,6 +469,15 @@ def _changes(earlier: dict[str, Any], fingerprint: dict[str, str]) -> list[str]:
 def _earlier_dim(earlier: dict[str, Any]) -> int | None:
     dim = earlier.get("fingerprint", {}).get("dim")
     return int(dim) if dim else None
+
+
+def _with_dtype(config: Config, earlier: Mapping[str, Any]) -> Config:
+    """The configuration with a dtype of embeddings for "auto": that of the earlier run, if any."""
+    if config.embedding_dtype != "auto":
+        return config
+    smallest = "float32" if config.projection == "none" else embeddings.SMALLEST
+    dtype = earlier.get("fingerprint", {}).get("embedding_dtype", smallest)
+    return dataclasses.replace(config, embedding_dtype=dtype)
 
 
 def _chosen(

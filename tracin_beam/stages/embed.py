@@ -48,13 +48,14 @@ def embed_records(
       target: what to differentiate.
       shard_name: for the ids of examples that bring none.
       source: the records, and what could not be read.
-      tally: takes the batches, and the seconds of reading and of computing.
+      tally: takes the records and their bytes, the batches, and the seconds of reading and of
+        computing.
 
     Yields:
       The rows of the records that could be used, or None, and (position, reason) of the others.
     """
     tally = tally or Tally()
-    for batch, kept, rejected in ahead(timed(_parsed(loaded, source), tally, "read")):
+    for batch, kept, rejected in ahead(timed(_parsed(loaded, source, tally), tally, "read")):
         rows = None
         if batch is not None:
             tally.add("batches")
@@ -65,10 +66,12 @@ def embed_records(
 
 
 def _parsed(
-    loaded: Loaded, source: Iterable[records.Record | records.BadRecord]
+    loaded: Loaded, source: Iterable[records.Record | records.BadRecord], tally: Tally
 ) -> Iterator[tuple[Any, list[int], list[tuple[int, str]]]]:
     """Parsed batches of records, as `parse_records` gives them, with what could not be read."""
     for waiting, bad in batches(source, loaded.engine.batch_size):
+        tally.add("records_read", len(waiting) + len(bad))
+        tally.add("bytes", sum(len(record.data) for record in waiting))
         batch, kept, refused = parse_records(loaded, waiting)
         yield batch, kept, [*((record.position, record.reason) for record in bad), *refused]
 
@@ -150,7 +153,7 @@ def batches(
         else:
             good.append(record)
         # No more bad records wait than a batch has, either.
-        if max(len(good), len(bad)) == size:
+        if len(good) == size or len(bad) == size:
             yield good, bad
             good, bad = [], []
     if good or bad:
@@ -165,7 +168,7 @@ def embed_unit(
     tally: Tally,
     dtype: str = "float32",
 ) -> UnitResult:
-    """Writes a unit's embedding file, and then its mark; the tally takes what it cost.
+    """Writes a unit's embedding file, and then its mark; the tally, a new one, takes what it cost.
 
     The numbers are stored as `dtype`, one of `embeddings.DTYPES`.
 
@@ -175,18 +178,10 @@ def embed_unit(
     """
     loaded = source.get()
     path = output.unit(unit)
-    read = used = done = size = 0
+    used = done = 0
     rejected: list[tuple[int, str]] = []
     crc = files.Crc()
-
-    def counted() -> Iterator[records.Record | records.BadRecord]:
-        nonlocal read, size
-        for record in formats.read(unit.shard.path, crc):
-            read += 1
-            if isinstance(record, records.Record):
-                size += len(record.data)
-            yield record
-
+    source_records = formats.read(unit.shard.path, crc)
     # The mark of an earlier file must not vouch for the new one.
     files.remove([marks.beside(path)])
     with (
@@ -196,7 +191,9 @@ def embed_unit(
         writer = embeddings.EmbeddingWriter(handle, dtype)
         # Reading and parsing, computing, and writing each have a thread.
         for rows, refused in ahead(
-            embed_records(loaded, unit.checkpoint, unit.target, unit.shard.name, counted(), tally)
+            embed_records(
+                loaded, unit.checkpoint, unit.target, unit.shard.name, source_records, tally
+            )
         ):
             if rows is not None:
                 with tally.timed("write"):
@@ -204,14 +201,15 @@ def embed_unit(
                 used += len(rows)
             rejected += refused
             before, done = done, used + len(rejected)
-            piece.add(done - before, size * (done - before) / max(read, 1))
+            counted = tally.read()
+            share = (done - before) / max(counted.get("records_read", 0), 1)
+            piece.add(done - before, counted.get("bytes", 0) * share)
             if len(rejected) > max(1000, max_rejected * done):
                 partly = ShardResult(unit.set_name, unit.shard, done, tuple(rejected))
                 _write_rejected(partly, output)
                 raise too_many(unit.set_name, unit.shard.path, done, rejected)
         _check_inputs(unit, crc)
-    tally.add("bytes", size)
-    result = UnitResult(unit, read, tuple(rejected), handle.stamp)
+    result = UnitResult(unit, done, tuple(rejected), handle.stamp)
     runs.write_unit(output, result)
     return result
 
@@ -238,7 +236,7 @@ def too_many(
 
 
 class EmbedUnit(beam.DoFn):
-    """Unit → UnitResult."""
+    """Unit → (set and path of its shard, UnitResult)."""
 
     def __init__(
         self, output: Output, source: EngineSource, max_rejected: float, dtype: str
@@ -249,7 +247,7 @@ class EmbedUnit(beam.DoFn):
         self._dtype = dtype
         self._counters = Counters("embed", *_COUNTED)
 
-    def process(self, unit: Unit) -> Iterator[UnitResult]:
+    def process(self, unit: Unit) -> Iterator[tuple[tuple[str, str], UnitResult]]:
         result, verb, tally = runs.read_unit(self._output, unit), "found", Tally()
         if result is None:
             result = embed_unit(
@@ -258,8 +256,8 @@ class EmbedUnit(beam.DoFn):
             verb = "embedded"
         else:
             progress.skip("embedding", unit.shard.size)
+            tally.add("records_read", result.read)
         tally.add(f"units_{verb}")
-        tally.add("records_read", result.read)
         tally.add("records_rejected", len(result.rejected))
         self._counters.take(tally)
         _log.info(
@@ -270,7 +268,7 @@ class EmbedUnit(beam.DoFn):
             result.read - len(result.rejected),
             result.read,
         )
-        yield result
+        yield (unit.set_name, unit.shard.path), result
 
 
 @dataclasses.dataclass
@@ -294,23 +292,19 @@ class Embed(beam.PTransform):
     dtype: str = "float32"
 
     def expand(self, pipeline: beam.Pipeline) -> beam.PCollection:
-        units = self.units
-        results = (
+        listed = self.units
+        units = (
             pipeline
             | "All" >> beam.Create([None], reshuffle=False)
-            | "Units" >> beam.FlatMap(lambda _: units)
+            | "Units" >> beam.FlatMap(lambda _: listed)
             | "FanOut" >> beam.Reshuffle()
             | "EmbedUnit"
             >> beam.ParDo(EmbedUnit(self.output, self.source, self.max_rejected, self.dtype))
-        )
-        shards = (
-            results
-            | "ByUnitShard" >> beam.Map(lambda r: ((r.unit.set_name, r.unit.shard.path), r))
             | "UnitsOfShard" >> beam.GroupByKey()
-            | "Merge" >> beam.Map(lambda group: runs.merge_results(list(group[1])))
         )
         if self.explicit_ids:
             last = max((u.checkpoint for u in self.units), key=lambda c: c.order)
+            shards = units | "Merge" >> beam.Map(lambda group: runs.merge_results(list(group[1])))
             duplicates = (
                 shards
                 | "Ids" >> beam.FlatMap(_ids, self.output, last)
@@ -318,15 +312,21 @@ class Embed(beam.PTransform):
                 | "Duplicates" >> beam.FlatMap(_duplicates)
             )
             keyed = shards | "ByShard" >> beam.Map(lambda r: ((r.set_name, r.shard.path), r))
-            shards = (
+            whole = (
                 {"shard": keyed, "duplicates": duplicates}
                 | "Gather" >> beam.CoGroupByKey()
-                | "Reject" >> beam.Map(_without_duplicates)
+                | "WriteRejected"
+                >> beam.Map(
+                    lambda group, output: _by_set(_without_duplicates(group), output), self.output
+                )
+            )
+        else:
+            whole = units | "WriteRejected" >> beam.Map(
+                lambda group, output: _by_set(runs.merge_results(list(group[1])), output),
+                self.output,
             )
         return (
-            shards
-            | "WriteRejected" >> beam.Map(_write_rejected, self.output)
-            | "BySet" >> beam.Map(lambda r: (r.set_name, r))
+            whole
             | "SetOf" >> beam.GroupByKey()
             | "Check" >> beam.FlatMap(_check, self.max_rejected)
         )
@@ -370,6 +370,11 @@ def _check(group: tuple[str, Iterable[ShardResult]], max_rejected: float) -> lis
         pairs = [(position, why)] * len(rejected)
         raise too_many(set_name, first.shard.path, read, pairs)
     return results
+
+
+def _by_set(result: ShardResult, output: Output) -> tuple[str, ShardResult]:
+    """A shard's result by its set, once what it rejected is written."""
+    return result.set_name, _write_rejected(result, output)
 
 
 def _write_rejected(result: ShardResult, output: Output) -> ShardResult:

@@ -15,6 +15,7 @@ through TensorFlow's parser. The CRC of every record is checked on every way.
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, BinaryIO, NamedTuple, cast
 
@@ -24,6 +25,7 @@ from tracin_beam.errors import InputError
 from tracin_beam.storage import records
 
 _ROWS = 4096
+_SCALED_ROWS = 64
 
 
 class Kind(NamedTuple):
@@ -71,6 +73,8 @@ DTYPES = {
     "float16": Dtype("<f2", 2.0**14),
     "int8": Dtype("i1", 127.0),
 }
+# The smallest that costs less than half a point of recall, by benchmarks/dtypes.py.
+SMALLEST = "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,38 +145,60 @@ def encode(rows: Embeddings, dtype: str = "float32") -> Iterator[bytes]:
     """Serialised `tf.train.Example`s of the rows, their embeddings in one of `DTYPES`."""
     dim = rows.embedding.shape[1]
     fixed = np.empty(len(rows), _fixed_dtype(dim, dtype))
-    values = {column.name: getattr(rows, column.attribute) for column in _FIXED}
-    values[_FIXED[-1].name], values[_SCALE.name] = _stored(rows.embedding, DTYPES[dtype])
     for column in _fixed(dtype):
         fixed[_head_of(column)] = _fixed_head(column, dim, dtype)
-        fixed[column.name] = values[column.name]
+    for column in _FIXED[:-1]:
+        fixed[column.name] = getattr(rows, column.attribute)
+    if DTYPES[dtype].largest is None:
+        fixed[_FIXED[-1].name] = rows.embedding
+    else:
+        fixed[_SCALE.name] = _scaled(rows.embedding, DTYPES[dtype], fixed[_FIXED[-1].name])
     octets, size = fixed.tobytes(), fixed.dtype.itemsize
-    unsigned = [getattr(rows, c.attribute).astype(np.int64).view(np.uint64) for c in _INTEGERS]
-    integers = [values.tolist() for values in unsigned]
-    for i, identity in enumerate(rows.ids):
-        identity = bytes(identity)
-        parts = [_bytes_head(_BYTES.name, len(identity)), identity]
-        for column, values in zip(_INTEGERS, integers, strict=True):
-            number = _varint(values[i])
-            parts += (_int_head(column.name, len(number)), number)
-        parts.append(octets[i * size : (i + 1) * size])
-        # Example.features = 1
-        yield b"".join((_head(1, sum(map(len, parts))), *parts))
+    ends = [octets[at : at + size] for at in range(0, len(octets), size)]
+    for column in reversed(_INTEGERS):
+        entries = _entries(column, getattr(rows, column.attribute))
+        ends = list(map(operator.add, entries, ends))
+    for identity, end in zip(rows.ids, ends, strict=True):
+        yield b"".join((_front_of(len(identity), len(end)), identity, end))
 
 
-def _stored(vectors: np.ndarray, dtype: Dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of float32 [n, dim] as they are stored, and the scale of every row.
+def _scaled(vectors: np.ndarray, dtype: Dtype, out: np.ndarray) -> np.ndarray:
+    """Writes the numbers of float32 [n, dim] as they are stored, and gives the scale of every row.
 
-    Rows of which the scale would be below the smallest float32 are stored as zeros.
+    Rows that are so small that the scale is no normal float32 are stored as zeros.
     """
-    if dtype.largest is None:
-        return vectors, np.ones(len(vectors), np.float32)
-    scale = np.abs(vectors).max(axis=1, initial=0) / np.float32(dtype.largest)
-    numbers = np.divide(vectors, np.where(scale > 0, scale, np.inf)[:, None], dtype=np.float32)
-    np.clip(numbers, -dtype.largest, dtype.largest, out=numbers)
-    if np.dtype(dtype.numbers).kind == "i":
-        np.rint(numbers, out=numbers)
-    return numbers.astype(dtype.numbers), scale
+    most = np.maximum(vectors.max(axis=1, initial=0), -vectors.min(axis=1, initial=0))
+    scale = most / np.float32(dtype.largest)
+    scale[scale < np.finfo(np.float32).tiny] = 0
+    factor = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    is_whole = np.dtype(dtype.numbers).kind == "i"
+    # Some rows at a time, which stay in the processor's cache.
+    for start in range(0, len(vectors), _SCALED_ROWS):
+        some = slice(start, start + _SCALED_ROWS)
+        numbers = vectors[some] * factor[some, None]
+        if is_whole:
+            np.rint(numbers, out=numbers)
+        out[some] = numbers
+    return scale
+
+
+def _entries(column: Column, values: np.ndarray) -> list[bytes]:
+    """The entries of integers, with their heads."""
+    left = values.astype(np.int64).view(np.uint64)
+    sizes = 1 + np.sum([left >> np.uint64(7 * place) > 0 for place in range(1, 10)], axis=0)
+    found = np.empty(len(values), object)
+    for size in np.unique(sizes).tolist():
+        rows = np.flatnonzero(sizes == size)
+        head = np.frombuffer(_int_head(column.name, size), np.uint8)
+        entries = np.empty((len(rows), len(head) + size), np.uint8)
+        entries[:, : len(head)] = head
+        for place in range(size):
+            more = 0x80 if place < size - 1 else 0
+            octet = left[rows] >> np.uint64(7 * place) & np.uint64(0x7F)
+            entries[:, len(head) + place] = octet | np.uint64(more)
+        octets, width = entries.tobytes(), entries.shape[1]
+        found[rows] = [octets[at : at + width] for at in range(0, len(octets), width)]
+    return found.tolist()
 
 
 def _varint(n: int) -> bytes:
@@ -203,6 +229,13 @@ def _bytes_head(name: str, size: int) -> bytes:
     inner = _head(1, size)
     outer = _head(1, len(inner) + size)
     return _entry_head(name, len(outer) + len(inner) + size) + outer + inner
+
+
+@functools.lru_cache(4096)
+def _front_of(identity: int, end: int) -> bytes:
+    """What comes before an id of so many bytes, and what follows it, of so many."""
+    front = _bytes_head(_BYTES.name, identity)
+    return _head(1, len(front) + identity + end) + front  # Example.features = 1
 
 
 @functools.lru_cache(64)

@@ -33,7 +33,7 @@ from typing import Any
 
 from tracin_beam import config
 from tracin_beam.errors import InputError
-from tracin_beam.storage import files, marks, patterns
+from tracin_beam.storage import embeddings, files, marks, patterns
 
 TRAIN = "train"
 _LONGEST_NAME = 150  # bytes of a shard's name, to which names of files of ours add some
@@ -418,8 +418,11 @@ def read_run(output: Output) -> dict[str, Any]:
     for key, shape in _RUN.items():
         if key in state and not files.fits(state[key], shape):
             raise _not_ours(output, f"{key!r} has another form")
-    if not state.get("fingerprint", {}).get("dim", "1").isdecimal():
-        raise _not_ours(output, f"the dim is {state['fingerprint']['dim']!r}")
+    fingerprint = state.get("fingerprint", {})
+    if not fingerprint.get("dim", "1").isdecimal():
+        raise _not_ours(output, f"the dim is {fingerprint['dim']!r}")
+    if fingerprint.get("embedding_dtype", embeddings.SMALLEST) not in embeddings.DTYPES:
+        raise _not_ours(output, f"the dtype of embeddings is {fingerprint['embedding_dtype']!r}")
     for name, described in state.get("sets", {}).items():
         if not _is_plain(name):
             raise _not_ours(output, f"a set is called {name!r}")
