@@ -49,9 +49,9 @@ def test_pieces_of_the_index_are_those_of_the_index_stage():
 
 
 def test_bytes_of_the_index():
-    assert plan.piece_bytes(100, 64) == 100 * (4 * 64 + 3)
-    # By ScaNN, measured: 1.133 times the rows of 100,000 × 1024, of which 512 are left.
-    assert plan.piece_bytes(100_000, 512) == pytest.approx(1.14 * 4 * 100_000 * 512, rel=0.02)
+    assert plan.piece_bytes(100, 64) == 100 * (64 + 3)
+    # By ScaNN, measured: 798 bytes for each of 30,000 rows of 512 numbers.
+    assert plan.piece_bytes(30_000, 512) == pytest.approx(30_000 * 798, rel=0.02)
     assert plan.piece_bytes(100_000, 5120) == plan.piece_bytes(100_000, 512)
     assert plan.index_bytes("scann", [100, 100], 64, 100) == 2 * plan.piece_bytes(100, 64)
     assert plan.index_bytes("exact", [100, 100], 64, 100) == 0
@@ -243,7 +243,7 @@ def test_predicted_bytes_and_examples_are_those_written(problem, capsys):
     assert before["index_bytes"] == 0
     built = planned(problem, capsys, index="scann")
     assert problem.run("influence", index="scann") == 0
-    (matrix,) = problem.out.glob("index/part-*/scann-*/dataset.npy")
+    (matrix,) = problem.out.glob("index/part-*/scann-*/int8_dataset.npy")
     assert built["index_bytes"] == pytest.approx(matrix.stat().st_size, rel=0.1)
     assert before["suggested_dim"]["dim"] == 256
     assert before["memory"] > 50 << 20

@@ -17,8 +17,8 @@ from tracin_beam.storage.runs import Shard, ShardResult
 
 # Bytes held while an index is built, as multiples of its rows': copies, and ScaNN's own.
 _BUILD_COPIES, _BRUTE_FORCE_COPIES = 5.1, 3.0
-# Bytes of a tree's index by float of its rows: the float itself, and half a byte quantised.
-_TREE_BYTES = 4.5
+# Bytes of a tree's index by number of its rows: the number as int8, and half a byte quantised.
+_TREE_BYTES = 1.5
 _ROW_BYTES = 3  # of rows.parquet
 # A unit should be long against a worker's overhead, and short against what a failure costs.
 SHORT_UNIT, LONG_UNIT = 10.0, 1800.0
@@ -167,7 +167,7 @@ def piece_bytes(rows: int, numbers: int) -> int:
     """
     width = min(numbers, sketch.DIM)
     if rows < index.BRUTE_FORCE_ROWS:
-        return rows * (4 * width + _ROW_BYTES)
+        return rows * (width + _ROW_BYTES)
     leaves = round(math.sqrt(rows))
     return int(rows * (_TREE_BYTES * width + 4 + _ROW_BYTES) + 8 * leaves * width)
 

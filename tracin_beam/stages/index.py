@@ -205,13 +205,16 @@ def _remove(paths: Iterable[str]) -> None:
 
 
 def searcher(matrix: np.ndarray) -> Any:
-    """A ScaNN searcher for inner products over float32 [n, d]."""
+    """A ScaNN searcher for inner products over float32 [n, d].
+
+    It keeps them as int8, which costs no candidate: these are ranked again by whole embeddings.
+    """
     from scann.scann_ops.py import scann_ops_pybind
 
     rows = len(matrix)
     builder = scann_ops_pybind.builder(matrix, 1, "dot_product")
     if rows < BRUTE_FORCE_ROWS:
-        return builder.score_brute_force().build()
+        return builder.score_brute_force(quantize=True).build()
     leaves = round(math.sqrt(rows))
     return (
         builder.tree(
@@ -220,7 +223,7 @@ def searcher(matrix: np.ndarray) -> Any:
             training_sample_size=min(rows, 100_000),
         )
         .score_ah(2, anisotropic_quantization_threshold=0.2)
-        .reorder(1000)
+        .reorder(1000, quantize=True)
         .build()
     )
 
