@@ -175,7 +175,7 @@ def test_pieces_are_built_once_and_found_again(tmp_path, write_rows):
         assert len(found) == 4 * 49
         for (q, place), score in found.items():
             expected = queries[q] @ rows[places.index(place)]
-            np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(score, expected, rtol=1e-4, atol=0.05)  # they are int8
 
     check([piece], matrix)
     small = index.pieces(group, 20)
