@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := quickstart
 PYTEST_ARGS ?=
-# Each holds TensorFlow: some 3 GB.
-PYTEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile
+# Each holds TensorFlow: some 3 GB. In the order of their folders; else files of few tests, which
+# are whole jobs, are left for the end.
+PYTEST_PROCESSES ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For test-engines: those of deploy/engines, with commas.
 ENGINES ?= all
 # For chaos.

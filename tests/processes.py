@@ -8,6 +8,7 @@ import atexit
 import importlib
 import multiprocessing
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -35,12 +36,15 @@ class Job:
           prelude: code to run before.
           **env: more variables of the environment.
         """
-        handle, self._said = tempfile.mkstemp()
-        os.close(handle)
-        env = {**os.environ, **env}
+        self._folder = tempfile.mkdtemp()
+        env = {**os.environ, "TMPDIR": self._folder, **env}
         given = stage, argv, exits, prelude, env, self._said
         self.process = _FORKS.Process(target=_run, args=given)
         self.process.start()
+
+    @property
+    def _said(self):
+        return os.path.join(self._folder, "said")
 
     def running(self):
         """Whether it has not ended yet."""
@@ -56,10 +60,10 @@ class Job:
         return Path(self._said).read_text()
 
     def end(self):
-        """Kills it, if it has not ended, and forgets what it has said."""
+        """Kills it, if it has not ended, and removes what it leaves in its temporary folder."""
         self.process.kill()
         self.process.join()
-        os.unlink(self._said)
+        shutil.rmtree(self._folder)
 
 
 def result_of(code, **given):
@@ -83,8 +87,9 @@ def _evaluate(code, names, answer):
 def _run(stage, argv, exits, prelude, env, said):
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None
     for number, path in ((1, os.devnull), (2, said)):
-        os.dup2(os.open(path, os.O_WRONLY), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
     exec(prelude, {})
     if exits:
         _exit_at(*exits)

@@ -677,6 +677,8 @@ def run(given: argparse.Namespace) -> Summary:
     from tracin_beam.jobs import graphs, launch  # noqa: F401
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        # Of processes that are killed, too.
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
         chaos = Chaos(Path(folder), given.seed)
         summary = chaos.summary
         inputs(chaos, max(0, given.inputs - given.whole))

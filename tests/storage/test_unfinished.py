@@ -74,3 +74,32 @@ def test_those_of_worker_processes_too(tmp_path, monkeypatch):
         assert len(list(tmp_path.iterdir())) == 1
         unfinished.discard(files.remove)
     assert not list(tmp_path.iterdir())
+
+
+HOLDER = """
+import tempfile, time
+from tracin_beam.storage import unfinished
+with unfinished.temporary_folder():
+    print(tempfile.gettempdir(), flush=True)
+    time.sleep(300)
+"""
+
+
+def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(unfinished, "_YOUNG", -1.0)
+    (tmp_path / "tracin-of-somebody").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    folder = Path(holder.stdout.readline().strip())
+    with unfinished.temporary_folder():
+        assert folder.exists()
+    holder.kill()
+    holder.communicate()
+    with unfinished.temporary_folder():
+        assert not folder.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["tracin-of-somebody"]

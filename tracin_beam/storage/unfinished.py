@@ -1,6 +1,7 @@
 """What a process must not leave behind: unfinished files and its temporary folder."""
 
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -17,6 +18,9 @@ _folders: list[str] = []
 # The folder in which worker processes of this machine note the files that they have begun, for the
 # process that ends them all.
 _NOTES = "TRACIN_UNFINISHED"
+_PREFIX = "tracin-"
+_LOCK = ".of-a-run"
+_YOUNG = 10.0  # seconds
 
 
 @contextlib.contextmanager
@@ -55,13 +59,19 @@ def _noted(path: str) -> Iterator[None]:
 def temporary_folder() -> Iterator[None]:
     """In this block temporary files, of other packages and child processes too, lie in one folder.
 
-    The folder is private to the user, and is removed with all that is in it.
+    The folder is private to the user, and is removed with all that is in it; so are those of
+    processes that were killed.
 
     Raises:
       OSError: there is no place for it.
     """
+    _remove_of_killed(tempfile.gettempdir())
     earlier = tempfile.tempdir, {name: os.environ.get(name) for name in ("TMPDIR", _NOTES)}
-    folder = tempfile.mkdtemp(prefix="tracin-")
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    # For as long as this process lives, whatever becomes of it.
+    lock = open(os.path.join(folder, _LOCK), "w")  # noqa: SIM115
+    with contextlib.suppress(OSError):  # on a file system that has no locks none is removed either
+        fcntl.flock(lock, fcntl.LOCK_EX)
     _folders.append(folder)
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ[_NOTES] = folder
     try:
@@ -74,6 +84,17 @@ def temporary_folder() -> Iterator[None]:
                 os.environ[name] = value
         _folders.remove(folder)
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _remove_of_killed(parent: str) -> None:
+    """Removes temporary folders whose processes have died without a chance to remove them."""
+    for path in glob.glob(os.path.join(glob.escape(parent), _PREFIX + "*", _LOCK)):
+        with contextlib.suppress(OSError), open(path, "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A folder of this moment may not be locked yet.
+            if time.time() - os.fstat(lock.fileno()).st_mtime > _YOUNG:
+                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
 
 
 def begin() -> None:
