@@ -16,6 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 layers = keras.layers
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+MEAN_SQUARES = keras.losses.MeanSquaredError()
 _WORDS, _LENGTH = 8192, 64
 _TEST = 2000  # images and rows of houses that are held out
 
@@ -55,9 +56,7 @@ class Problem:
 
     @property
     def loss(self) -> keras.losses.Loss:
-        if self.regression:
-            return keras.losses.MeanSquaredError()
-        return CROSS_ENTROPY
+        return MEAN_SQUARES if self.regression else CROSS_ENTROPY
 
 
 def dense(inputs: int, hidden: tuple[int, ...], outputs: int) -> keras.Model:
@@ -235,13 +234,25 @@ def problem(name: str, seed: int, data: pathlib.Path) -> Problem:
     return Problem(**fields, **settings)
 
 
+@functools.lru_cache(1)
+def _compiled(build: Callable[[], keras.Model], regression: bool) -> tuple[keras.Model, list]:
+    """A network, and what its optimizer starts from: it is traced once for all trainings."""
+    loss = MEAN_SQUARES if regression else CROSS_ENTROPY
+    model = build()
+    model.compile("adam", loss, jit_compile=False, steps_per_execution=16)
+    model.optimizer.build(model.trainable_variables)
+    return model, [variable.numpy() for variable in model.optimizer.variables]
+
+
 def trained(
     of: Problem, x: np.ndarray, y: np.ndarray, seed: int, callbacks: tuple = ()
 ) -> keras.Model:
-    """The problem's network, trained on some examples with Adam."""
+    """The problem's network, trained on some examples with Adam; good until the next training."""
+    model, start = _compiled(of.build, of.regression)
     keras.utils.set_random_seed(seed)
-    model = of.build()
-    model.compile("adam", of.loss, jit_compile=False, steps_per_execution=16)
+    model.set_weights(of.build().get_weights())
+    for variable, value in zip(model.optimizer.variables, start, strict=True):
+        variable.assign(value)
     options = {"epochs": of.epochs, "batch_size": of.batch, "verbose": 0}
     model.fit(x, y, callbacks=list(callbacks), **options)
     return model
