@@ -46,18 +46,20 @@ def test_the_largest_come_first_with_their_labels_and_examples():
 
 
 def test_what_is_hostile_is_text_and_nothing_is_fetched_or_run():
-    shown = {("train.tfrecord", 0): Shown("text", HOSTILE)}
+    shown = {("train.tfrecord", 0): Shown("text", "<script>alert(1)</script>")}
     run = {"clusters": {"rounds": 1, "by": HOSTILE}}
     made = page(cluster(0, 2, [HOSTILE]), run=run, shown=shown, label_names=[HOSTILE] * 2)
     assert "<script" not in made
-    assert "script-src 'none'" in made
+    policy = [meta["content"] for meta in Page(made).all("meta") if "http-equiv" in meta]
+    assert ["script-src 'none'" in one for one in policy] == [True]
     assert not [tag for tag in ("http:", "https:", "<link", "\x1b", "\u202e") if tag in made]
 
 
 def test_a_regression_has_a_mean_label():
     row = cluster(0, 4, ["a"], labels=[], label_counts=[], mean_label=2.5)
     made = Page(page(row, run={"kind": {"name": "regression"}}))
-    assert "Mean label 2.500" in " ".join(made.text.split())
+    assert made.texts("dd")[-1] == "2.500"
+    assert "Mean label" in made.texts("dt")
 
 
 def test_places_are_those_of_the_examples():
