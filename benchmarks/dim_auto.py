@@ -26,7 +26,8 @@ import workloads
 from scann.scann_ops.py import scann_ops_pybind
 
 from tracin_beam import Task
-from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
+from tracin_beam.gradients.batches import Batch, BatchParser
+from tracin_beam.gradients.engine import Engine, EngineConfig
 from tracin_beam.planning import dims
 from tracin_beam.stages import index
 

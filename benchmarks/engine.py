@@ -17,7 +17,8 @@ import tensorflow as tf
 from workloads import LOSS
 
 from tracin_beam import Task
-from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
+from tracin_beam.gradients.batches import Batch, BatchParser
+from tracin_beam.gradients.engine import Engine, EngineConfig
 
 WAYS = {
     "sketched norms": {"norms": "sketched"},

@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 import tracin_beam
-from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
+from tracin_beam.gradients.batches import Batch, BatchParser
+from tracin_beam.gradients.engine import Engine, EngineConfig
 from tracin_beam.inputs.checkpoints import read_checkpoints
 from tracin_beam.signals import gates, mislabel, nights, ridge
 

@@ -23,7 +23,8 @@ import tensorflow as tf
 import workloads
 from engine import bare_pass, medians
 
-from tracin_beam.gradients.engine import Batch, Engine
+from tracin_beam.gradients.batches import Batch
+from tracin_beam.gradients.engine import Engine
 from tracin_beam.scoring.recall import correlation, ranks
 
 SIZES = {"mlp": (3000, 100, 256), "resnet20": (1000, 60, 64), "transformer": (600, 40, 16)}

@@ -12,7 +12,8 @@ import pandas as pd
 import tensorflow as tf
 
 from tracin_beam import Task
-from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
+from tracin_beam.gradients.batches import Batch, BatchParser
+from tracin_beam.gradients.engine import Engine, EngineConfig
 
 CLASSES = {"mlp": 10, "resnet20": 10, "transformer": 4}
 

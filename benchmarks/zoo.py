@@ -454,7 +454,7 @@ def task_and_batch(chosen: Entry, size: int) -> tuple[Any, Any, Any]:
     import tensorflow as tf
 
     from tracin_beam import Task
-    from tracin_beam.gradients.engine import BatchParser
+    from tracin_beam.gradients.batches import BatchParser
 
     x, y = tf.constant(chosen.features(size)), tf.constant(chosen.labels(size))
 

@@ -146,7 +146,7 @@ class FinishedRun:
 
         names, shown, state = None, {}, self.info
         if self.task is not None:
-            from tracin_beam.gradients.engine import BatchParser
+            from tracin_beam.gradients.batches import BatchParser
 
             names = self.task.label_names
             places = places_shown(rows, reading(rows, state, names), max_tests=1)

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tracin_beam.gradients.engine import BatchParser, Engine, EngineConfig
+from tracin_beam.gradients.batches import BatchParser
+from tracin_beam.gradients.engine import Engine, EngineConfig
 from tracin_beam.inputs.task import Task
 
 

@@ -9,8 +9,6 @@ import tensorflow as tf
 from oracle import assert_close, at, engine_of, plain_gradients, task_of, values_of
 
 from tracin_beam.errors import InputError
-from tracin_beam.gradients.engine import BatchParser
-from tracin_beam.inputs.task import Task
 
 L = keras.layers
 N = 9
@@ -200,24 +198,6 @@ def test_batch_size_chosen_by_the_size_of_the_model():
     engine, batch, values = make(batch_size=0)
     assert engine.batch_size == 512
     assert engine.embed(values, batch).embedding.shape == (N, engine.dim)
-
-
-def test_what_parse_may_not_return():
-    def parser_of(result):
-        return BatchParser(Task(build, LOSS, lambda records: result(tf.strings.length(records))))
-
-    with pytest.raises(InputError, match='a dict with "features"'):
-        parser_of(lambda x: x)
-    with pytest.raises(InputError, match='a dict with "features"'):
-        parser_of(lambda x: {"label": x})
-    with pytest.raises(InputError, match=r"'weight'.*nothing takes"):
-        parser_of(lambda x: {"features": x, "weight": x})
-    with pytest.raises(InputError, match="cannot be traced"):
-        parser_of(lambda x: {"features": x + "a"})
-    with pytest.raises(ValueError, match="first axis must be the record"):
-        parser_of(lambda x: {"features": tf.zeros([3, 2])})([b"a", b"b"])
-    batch = parser_of(lambda x: {"features": x, "id": x})([b"a", b"bc"])
-    assert batch.ids.tolist() == [b"1", b"2"]
 
 
 def test_what_a_model_may_not_be():

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from oracle import assert_close, engine_of, task_of, values_of
 
-from tracin_beam.gradients import general, uses
+from tracin_beam.gradients import general
 
 L = keras.layers
 N = 32
@@ -152,7 +152,7 @@ def check(build, features, label, rules=True):
     values = values_of(engine.model)
     got = engine.embed(values, batch)
     graph = engine._functions["embed", "loss"].get_concrete_function().graph
-    assert not uses.unsafe_products(general.operations(graph))
+    assert not general.unsafe_products(general.operations(graph))
     assert bool(engine.general) != rules
     some = [0, 17]
     expected = [
@@ -166,9 +166,9 @@ def test_the_product_that_crashes_is_known():
     with graph.as_default():
         tf.matmul(tf.zeros([2, 3, 4, 5]), tf.zeros([2, 3, 5, 6]))
         tf.matmul(tf.zeros([2, 4, 5]), tf.zeros([1, 5, 6]))
-        assert not uses.unsafe_products(general.operations(graph))
+        assert not general.unsafe_products(general.operations(graph))
         tf.matmul(tf.zeros([2, 1, 4, 5]), tf.zeros([1, 5, 6]))
-    assert uses.unsafe_products(general.operations(graph))
+    assert general.unsafe_products(general.operations(graph))
 
 
 def test_chunks_are_bounded_and_divide_the_batch():

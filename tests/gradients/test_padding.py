@@ -7,7 +7,8 @@ import tensorflow as tf
 from oracle import assert_close, keras_loss, plain_gradients, values_of
 
 from tracin_beam.gradients import padding
-from tracin_beam.gradients.engine import BatchParser, Engine, EngineConfig
+from tracin_beam.gradients.batches import BatchParser
+from tracin_beam.gradients.engine import Engine, EngineConfig
 from tracin_beam.inputs.task import Task
 
 L = keras.layers

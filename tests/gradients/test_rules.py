@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from oracle import assert_close, plain_gradients, values_of
 
-from tracin_beam.gradients import capture, forms
-from tracin_beam.gradients.engine import select_weights
+from tracin_beam.gradients import capture, forms, recording
 from tracin_beam.gradients.rules import rule_for
+from tracin_beam.gradients.selection import select_weights
 
 L = keras.layers
 BATCH = 3
@@ -47,7 +47,7 @@ def check_layer(layer, shape, call=None, general=(), tolerance=1e-5, inputs=None
         product = tf.cast(model(x, training=False), tf.float32) * c
         return tf.reduce_sum(product, axis=list(range(1, product.shape.rank))), None
 
-    traced = capture.Model.of(model, weights)
+    traced = recording.Model.of(model, weights)
     given = (tf.constant(inputs), cotangent, None)
     specs = [tf.TensorSpec([None, *x.shape[1:]], x.dtype) for x in given[:2]]
     survey = capture.survey(traced, forward, specs, given)

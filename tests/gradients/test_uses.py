@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from layers import Weighted, check_layer
 from oracle import check_model, engine_of, task_of, values_of
 
 from tracin_beam.gradients import forms
@@ -19,59 +20,17 @@ IMAGES = rng.normal(size=(N, 6, 6, 4)).astype("float32")
 CLASSES = rng.integers(0, 3, N)
 
 
-def check(layer, features, **options):
-    """A model of the layer, then mean pooling and a dense layer."""
-
-    def build():
-        x = inputs = keras.Input(features.shape[1:], dtype=features.dtype.name)
-        x = layer()(x)
-        if len(x.shape) > 2:
-            x = L.Flatten()(x) if None not in x.shape[1:] else L.GlobalAveragePooling1D()(x)
-        return keras.Model(inputs, L.Dense(3)(x))
-
-    return check_model(build, features, CLASSES, CROSSENTROPY, **options)
-
-
-class Weighted(L.Layer):
-    """A layer with weights of these shapes, and what it does with them."""
-
-    def __init__(self, shapes, how):
-        super().__init__()
-        self.shapes, self.how = shapes, how
-
-    def build(self, _):
-        self.own = [self.add_weight(shape=s, name=f"w{i}") for i, s in enumerate(self.shapes)]
-
-    def call(self, x):
-        return self.how(x, *(w.value for w in self.own))
-
-    def compute_output_shape(self, shape):
-        return tuple(self.how(tf.zeros([2, *shape[1:]]), *map(tf.zeros, self.shapes)).shape)
-
-
 ops = keras.ops
 PRODUCTS = {
     "matmul": (((6, 5),), lambda x, w: ops.matmul(x, w)),
     "transposed": (((5, 6),), lambda x, w: tf.matmul(x, w, transpose_b=True)),
-    "by a transpose": (((5, 6),), lambda x, w: ops.matmul(x, ops.transpose(w))),
-    "low rank": (((6, 2), (2, 5)), lambda x, a, b: ops.matmul(x, 0.5 * ops.matmul(a, b))),
-    "plus low rank": (
-        ((6, 5), (6, 2), (2, 5)),
-        lambda x, w, a, b: ops.matmul(x, w + 2 * ops.matmul(a, b)),
-    ),
     "einsum": (((6, 2, 3),), lambda x, w: tf.einsum("...d,dhk->...hk", x, w)),
-    "normalised": (((6, 5),), lambda x, w: ops.matmul(x, w / tf.norm(w, axis=0, keepdims=True))),
-    "scaled": (((6, 5), (5,)), lambda x, w, s: ops.matmul(x, s * w / tf.norm(w, axis=0))),
-    "masked": (((6, 5),), lambda x, w: ops.matmul(x, w * np.tri(6, 5, dtype="float32"))),
-    "half of it": (((12, 5),), lambda x, w: ops.matmul(x, w[6:])),
-    "squared": (((6, 6),), lambda x, w: ops.matmul(x, ops.matmul(w, w))),
     "two of it": (((6, 6),), lambda x, w: ops.matmul(ops.tanh(ops.matmul(x, w)), w)),
     "two ways": (((6, 6),), lambda x, w: ops.matmul(x, w) * ops.sum(w, axis=0)),
     "in blocks": (((3, 2, 5),), lambda x, w: tf.einsum("...gi,gio->...go", blocks(x), w)),
     "split": (((6, 10),), lambda x, w: multiply(*ops.split(ops.matmul(x, w), 2, axis=-1))),
     "split first": (((6, 10),), lambda x, w: multiply(*[x @ p for p in tf.split(w, 2, axis=1)])),
     "heads": (((2, 6, 3),), lambda x, w: ops.sum(tf.matmul(x[..., None, None, :], w), axis=-3)),
-    "softmax of it": (((6, 5),), lambda x, w: ops.matmul(x, ops.softmax(w))),
 }
 
 
@@ -87,7 +46,7 @@ def multiply(a, b):
 @pytest.mark.parametrize("features", [VECTORS, SEQUENCES], ids=["vectors", "sequences"])
 def test_products(name, features):
     shapes, how = PRODUCTS[name]
-    check(lambda: Weighted(shapes, how), features)
+    check_layer(lambda: Weighted(shapes, how), features)
 
 
 def first(x, w):
@@ -105,9 +64,6 @@ ELEMENTWISE = {
     "maximum": (((6,),), lambda x, w: tf.maximum(x, w)),
     "power": (((6,),), lambda x, w: tf.pow(1 + x**2, w)),
     "where": (((6,),), lambda x, w: tf.where(x > 0, x, w)),
-    "positive": (((6,),), lambda x, w: x * ops.softplus(w)),
-    "first of many": (((9, 6),), lambda x, w: x + w[: x.shape[1]]),
-    "looked up": (((9, 6),), lambda x, w: x + tf.gather(w, tf.range(tf.shape(x)[1]))),
     "class token": (((1, 1, 6),), first),
     "repeated": (((1, 1, 6),), lambda x, w: tf.concat([tf.repeat(w, tf.shape(x)[0], 0), x], 1)),
     "tiled": (((1, 2, 6),), lambda x, w: tf.concat([tf.tile(w, [tf.shape(x)[0], 1, 1]), x], 1)),
@@ -119,7 +75,7 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise(name):
     shapes, how = ELEMENTWISE[name]
-    check(lambda: Weighted(shapes, how), SEQUENCES)
+    check_layer(lambda: Weighted(shapes, how), SEQUENCES)
 
 
 CONVOLUTIONS = {
@@ -173,16 +129,18 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name):
     shapes, how = CONVOLUTIONS[name]
-    check(lambda: Weighted(shapes, how), IMAGES)
+    check_layer(lambda: Weighted(shapes, how), IMAGES)
 
 
 NO_RULE = {
     "of another length for each": (((6, 5),), lambda x, w: sparse(x, w)),
     "complex": (((4, 6), (4, 6)), lambda x, a, b: filtered(x, tf.complex(a, b))),
-    "a loop": (
+    "a loop of as many steps as the examples ask for": (
         ((6, 6),),
         lambda x, w: tf.while_loop(
-            lambda i, _: i < 3, lambda i, h: (i + 1, tf.tanh(h @ w)), (0, x)
+            lambda i, _: i < 3 + tf.cast(0 * tf.reduce_max(x), tf.int32),
+            lambda i, h: (i + 1, tf.tanh(h @ w)),
+            (0, x),
         )[1],
     ),
 }
@@ -201,7 +159,7 @@ def test_what_no_rule_is_for_takes_a_product_for_each_example_of_that_layer_alon
     shapes, how = NO_RULE[name]
     features = SEQUENCES if name == "complex" else VECTORS
     paths = [f"weighted/w{i}" for i in range(len(shapes))]
-    engine, _ = check(lambda: Weighted(shapes, how), features, general=paths)
+    engine, _ = check_layer(lambda: Weighted(shapes, how), features, general=paths)
     assert engine.slow_weights() == dict.fromkeys(paths, engine.model.layers[1].name)
 
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import tracin_beam
 from tracin_beam import InputError, Task
-from tracin_beam.gradients.engine import Batch
+from tracin_beam.gradients.batches import Batch
 from tracin_beam.inputs import batches
 from tracin_beam.scoring import replay
 from tracin_beam.scoring.replay import Step, Training

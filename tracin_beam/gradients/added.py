@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from tracin_beam.errors import InputError
-from tracin_beam.gradients import nests, uses
+from tracin_beam.gradients import layouts, nests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _depend_on_features(model: keras.Model, features: Any) -> list[bool]:
         losses.extend(loss for _, loss, _ in found)
 
     graph = run.get_concrete_function().graph
-    reached = uses.data_dependent(graph.inputs[: len(flat)])
+    reached = layouts.data_dependent(graph.inputs[: len(flat)])
     return [loss.op.name in reached for loss in losses]
 
 

@@ -1,7 +1,7 @@
 """One forward and one backward pass that give each example's gradient of each weight.
 
-The model runs once over the batch with every call of a layer recorded. Then each weight's gradient
-comes, in this order of preference,
+The model runs once over the batch with every call of a layer recorded (`recording`). Then each
+weight's gradient comes, in this order of preference,
 
     from its layer's rule          (`rules`): the layer's input and its output gradients
     from the operations it is in   (`uses`), whatever layers these belong to
@@ -11,102 +11,36 @@ comes, in this order of preference,
 One backward pass, of the summed per-example losses to all outputs that these need, gives every
 example's output gradients at once.
 
-The weights are arguments, not state: each variable's value is put in its place by a
-`keras.StatelessScope`. So one traced function serves every checkpoint, from several threads at
-a time. Within a call that takes its layer's rule the layer's weights are tensors of that call's
-own, so that what else is done with a weight is seen: in the graph, that is all that is left.
-
 Where a tensor has the examples is seen by tracing the model for two numbers of examples
-(`uses.TwoTraces`). The batch size alone would not tell: of a layer that sees the time first, as
+(`layouts.TwoTraces`). The batch size alone would not tell: of a layer that sees the time first, as
 many steps may be given as the batch has examples.
 """
 
-import contextlib
 import dataclasses
-import inspect
-import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src.backend.common.stateless_scope import get_stateless_scope
-from tensorflow.python.autograph.core import converter
-from tensorflow.python.autograph.impl import api
-from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
-from tensorflow.python.ops import custom_gradient
 
-from tracin_beam.gradients import forms, general, nests, recurrent, uses
+from tracin_beam.gradients import forms, general, layouts, loops, nests, uses
 from tracin_beam.gradients.forms import Form
-from tracin_beam.gradients.rules import Rule, rule_for
-
-# (features, label, sample_weight) -> [B] quantities to be differentiated, and anything else.
-Forward = Callable[[Any, Any, Any], tuple[tf.Tensor, Any]]
+from tracin_beam.gradients.recording import (
+    Forward,
+    Frame,
+    Looped,
+    Model,
+    Recording,
+    Weight,
+    composites,
+    float_tensors,
+    record,
+    tensors,
+)
+from tracin_beam.gradients.traceable import seen_through
 
 # The other number of examples that a model is traced for: a prime that no axis is a multiple of.
 EXAMPLES = 1009
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """A trainable weight of the model.
-
-    Attributes:
-      path: its layer's place in the model and its name, the same in every process.
-      variable: the Keras variable.
-      layer: the layer that owns it.
-    """
-
-    path: str
-    variable: keras.Variable
-    layer: keras.layers.Layer
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(int(n) for n in self.variable.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What the gradients are of, and how it runs.
-
-    Attributes:
-      layers: all layers of the model.
-      variables: all variables of the model.
-      weights: the trainable weights that are wanted.
-      rules: whether layers take their rules and weights those of their uses; without, all weights
-        take the product for each example of the whole model.
-      adding: ids of layers whose calls add to the loss, which the gradient of their output misses.
-      not_first: ids of layers that do not give out the examples first, though they were given so.
-    """
-
-    layers: Sequence[keras.layers.Layer]
-    variables: Sequence[keras.Variable]
-    weights: Sequence[Weight]
-    rules: bool = True
-    adding: frozenset[int] = frozenset()
-    not_first: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(
-        cls,
-        model: keras.Model,
-        weights: Sequence[Weight],
-        rules: bool = True,
-        adding: frozenset[int] = frozenset(),
-    ) -> "Model":
-        """Of a built model and some of its weights."""
-        layers = list(model._flatten_layers())
-        return cls(layers, list(model.variables), list(weights), rules, adding)
-
-    def whole(self, layer: keras.layers.Layer) -> bool:
-        """Whether all that the layer does with its weights is seen in its output's gradient."""
-        return not any(id(inner) in self.adding for inner in layer._flatten_layers())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +72,7 @@ class Survey:
       dots: the same for the form in which inner products are taken.
       general: as in `Captured`.
       assumed: layers of whose output only the run says that it has the examples first.
+      loops: whether the model has loops.
     """
 
     shapes: Mapping[str, tf.TensorShape]
@@ -146,146 +81,9 @@ class Survey:
     dots: Mapping[int, Form]
     general: Mapping[int, keras.layers.Layer | None]
     assumed: Sequence[keras.layers.Layer]
+    loops: bool
     _refused: frozenset[int]  # numbers of ruled calls that the rule is not for
     _frames: Mapping[int, Sequence[int]]  # by number of a call, the weights that it is run for
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ruled:
-    """A call that may take its layer's rule; own are its weights, tensors of this call alone."""
-
-    layer: keras.layers.Layer
-    rule: Rule
-    inputs: tf.Tensor
-    outputs: tf.Tensor
-    own: Sequence[tuple[keras.Variable, tf.Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Looped:
-    """A call of a recurrent layer; own as above."""
-
-    steps: recurrent.Steps
-    own: Sequence[tuple[keras.Variable, tf.Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """A call of any layer: its operations have numbers in (first, last]."""
-
-    layer: keras.layers.Layer
-    call: Callable[..., Any]
-    arguments: Any
-    outputs: Any
-    first: int
-    last: int
-
-
-@dataclasses.dataclass
-class _Recording:
-    """A forward pass.
-
-    Attributes:
-      size: number of examples.
-      leads: whether a tensor has the examples first, and nothing else along that axis.
-      value_of: by id of a variable, its value.
-    """
-
-    graph: Any
-    size: int
-    leads: Callable[[tf.Tensor], bool]
-    value_of: dict[int, tf.Tensor]
-    flat: Sequence[tf.Tensor] = ()
-    quantity: Any = None
-    auxiliary: Any = None
-    ruled: list[_Ruled] = dataclasses.field(default_factory=list)
-    looped: list[_Looped] = dataclasses.field(default_factory=list)
-    frames: list[_Frame] = dataclasses.field(default_factory=list)
-    assumed: list[keras.layers.Layer] = dataclasses.field(default_factory=list)
-
-    def clean(self, variables: Sequence[keras.Variable]) -> bool:
-        """Whether the model has overwritten none of these, which makes it a function of others."""
-        scope = get_stateless_scope()
-        return all(
-            scope.get_current_value(v) is self.value_of.get(id(v)) for v in variables if v.trainable
-        )
-
-
-def make_traceable(model: keras.Model) -> None:
-    """Changes what in a model would tie it to the first values it was run with.
-
-    A `tf.function` inside of it, such as a layer's call, keeps the values of the variables that it
-    was traced with: what it does is done in place instead, so that its operations are seen, too. A
-    rematerialised layer gives no gradients but to its arguments: it is run as any other. A
-    Normalization keeps tensors made of its statistics: they are made anew.
-    """
-    for layer in model._flatten_layers():
-        layer._remat_mode = None
-        if isinstance(layer, keras.layers.Normalization):
-            object.__setattr__(layer, "call", _with_own_statistics(layer, layer.call))
-        for name in {*dir(type(layer)), *vars(layer)}:
-            member = inspect.getattr_static(layer, name, None)
-            if isinstance(member, tf.types.experimental.PolymorphicFunction):
-                object.__setattr__(layer, name, _in_place(getattr(layer, name)))
-
-
-def _with_own_statistics(
-    layer: keras.layers.Normalization, call: Callable[..., Any]
-) -> Callable[..., Any]:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        kept = layer.mean, layer.variance
-        layer.finalize_state()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            layer.mean, layer.variance = kept
-
-    return wrapped
-
-
-def _in_place(function: Any) -> Callable[..., Any]:
-    options = converter.ConversionOptions(recursive=True, user_requested=True)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if function.input_signature is not None and not kwargs:
-            args = tf.nest.map_structure(_as_specified, tuple(function.input_signature), args)
-        if getattr(function, "_autograph", True):
-            return api.converted_call(function.python_function, args, kwargs, options=options)
-        return function.python_function(*args, **kwargs)
-
-    return call
-
-
-def _as_specified(spec: Any, x: Any) -> Any:
-    return tf.convert_to_tensor(x, spec.dtype) if isinstance(spec, tf.TensorSpec) else x
-
-
-@contextlib.contextmanager
-def _seen_through() -> Iterator[None]:
-    """Within it, graphs of this thread have what is done in a `tf.function` as operations.
-
-    A function of the user's own, outside of any layer, would hide the uses of weights that it is
-    given, and keep the values of those that it finds by itself. What is compiled by XLA stays so.
-    What is rematerialised, which gives no gradients of such weights, is run as anything else.
-    """
-    thread = threading.get_ident()
-    called, decorated = Function.__call__, custom_gradient._graph_mode_decorator
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread or tf.executing_eagerly() or self._jit_compile:
-            return called(self, *args, **kwargs)
-        return _in_place(self)(*args, **kwargs)
-
-    def decorate(function: Any, args: Any, kwargs: Any) -> Any:
-        if function.__qualname__ == "recompute_grad.<locals>.inner":
-            return inspect.getclosurevars(function).nonlocals["f"](*args, **kwargs)
-        return decorated(function, args, kwargs)
-
-    with (
-        _patched(Function, "__call__", call),
-        _patched(custom_gradient, "_graph_mode_decorator", decorate),
-    ):
-        yield
 
 
 def survey(
@@ -300,18 +98,18 @@ def survey(
       structure: features, label and sample_weight, as for `nests.repack`.
     """
     graph = tf.__internal__.FuncGraph("survey")
-    with graph.as_default(), _seen_through():
+    with graph.as_default(), seen_through():
         flat = [tf.compat.v1.placeholder(x.dtype, [EXAMPLES, *x.shape[1:]]) for x in specs]
         values = [tf.compat.v1.placeholder(v.dtype, v.shape) for v in model.variables]
 
         def leads(x: tf.Tensor) -> bool:
             return x.shape.rank is not None and x.shape[:1] == [EXAMPLES]
 
-        recorded = _record(model, forward, values, flat, structure, EXAMPLES, leads)
+        recorded = record(model, forward, values, flat, structure, EXAMPLES, leads)
         outputs = general.size_of(graph.get_operations(), EXAMPLES)
         everything = dict.fromkeys(range(len(model.weights)))
         if not model.rules:
-            return Survey({}, outputs, {}, {}, everything, recorded.assumed, frozenset(), {})
+            return Survey({}, outputs, {}, {}, everything, recorded.assumed, False, frozenset(), {})
         shapes = _Shapes(graph)
         found, refused, unknown = _fast(model, recorded, shapes, frozenset(), {}, _as_if)
         frames = {
@@ -335,6 +133,7 @@ def survey(
             },
             layers,
             recorded.assumed,
+            loops.any_in(graph),
             refused,
             by_frame,
         )
@@ -359,35 +158,7 @@ class _Shapes:
                 yield x.name, x.shape
 
 
-def not_first(
-    layers: Sequence[keras.layers.Layer], run: Callable[[], Any], size: int
-) -> frozenset[int]:
-    """Ids of those layers whose output has another first axis than the examples.
-
-    Args:
-      layers: layers.
-      run: runs the model, eagerly, on so many examples.
-      size: how many.
-    """
-    others: set[int] = set()
-
-    def watched(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            outputs = call(*args, **kwargs)
-            if any(x.shape.rank and x.shape[0] != size for x in _tensors(outputs)):
-                others.add(id(layer))
-            return outputs
-
-        return wrapper
-
-    with contextlib.ExitStack() as stack:
-        for layer in {id(layer): layer for layer in layers}.values():
-            stack.enter_context(_replaced(layer, "call", watched(layer, layer.call)))
-        run()
-    return frozenset(others)
-
-
-@_seen_through()
+@seen_through()
 def per_example_gradients(
     model: Model,
     found: Survey,
@@ -414,7 +185,7 @@ def per_example_gradients(
         known = found.shapes.get(x.name)
         return known is not None and bool(known.rank) and known[0] == EXAMPLES
 
-    recorded = _record(model, forward, values, flat, structure, size, leads)
+    recorded = record(model, forward, values, flat, structure, size, leads)
     total = tf.reduce_sum(recorded.quantity)
     whole = set(found.general)
     gradients: dict[int, Form] = {}
@@ -423,7 +194,7 @@ def per_example_gradients(
         of_frames: list[list[tf.Tensor | None]] = []
 
         def differentiate(outputs: Sequence[tf.Tensor]) -> list[tf.Tensor | None]:
-            ends = [_float_tensors(frame.outputs) for frame in frames]
+            ends = [float_tensors(frame.outputs) for frame in frames]
             given = tf.gradients(total, [*outputs, *(x for end in ends for x in end)])
             given = [None if g is None else tf.convert_to_tensor(g) for g in given]
             rest = iter(given[len(outputs) :])
@@ -455,138 +226,6 @@ def per_example_gradients(
     return Captured(recorded.quantity, recorded.auxiliary, gradients, by_layer)
 
 
-def _record(
-    model: Model,
-    forward: Forward,
-    values: Sequence[tf.Tensor],
-    flat: Sequence[tf.Tensor],
-    structure: Any,
-    size: int,
-    leads: Callable[[tf.Tensor], bool],
-) -> _Recording:
-    # Identities, so that names are the same whatever function this is traced in.
-    with tf.name_scope("values"):
-        value_of = {
-            id(v): tf.identity(x, name="value")
-            for v, x in zip(model.variables, values, strict=True)
-        }
-    with tf.name_scope("batch"):
-        flat = [tf.identity(x, name="part") for x in flat]
-    recording = _Recording(tf.compat.v1.get_default_graph(), size, leads, value_of, flat)
-    mapping = [(v, value_of[id(v)]) for v in model.variables]
-    with keras.StatelessScope(mapping), _recording(model, recording):
-        recording.quantity, recording.auxiliary = forward(*nests.repack(structure, flat))
-    return recording
-
-
-@contextlib.contextmanager
-def _recording(model: Model, recording: _Recording) -> Iterator[None]:
-    """Replaces `call` on the layers' instances: the model must belong to the caller alone."""
-    owned = {id(w.variable) for w in model.weights}
-    with contextlib.ExitStack() as stack:
-
-        def replace(layer: Any, name: str, by: Callable[..., Any]) -> None:
-            stack.enter_context(_replaced(layer, name, by))
-
-        for layer in model.layers:
-            wanted = model.rules and model.whole(layer)
-            if wanted and recurrent.takes(layer):
-                replace(layer, "inner_loop", _looped(layer, layer.inner_loop, recording))
-            own = any(id(v) in owned for v in layer._trainable_variables)
-            rule = rule_for(layer) if own and wanted else None
-            stated = id(layer) not in model.not_first
-            replace(layer, "call", _recorded(layer, layer.call, rule, stated, recording))
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(layer: Any, name: str, by: Any) -> Iterator[None]:
-    """Replaces an attribute of the instance, which may have been its own before."""
-    own = vars(layer).get(name)
-    object.__setattr__(layer, name, by)
-    try:
-        yield
-    finally:
-        object.__delattr__(layer, name)
-        if own is not None:
-            object.__setattr__(layer, name, own)
-
-
-@contextlib.contextmanager
-def _patched(owner: Any, name: str, by: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, by)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def _recorded(
-    layer: Any, call: Callable[..., Any], rule: Rule | None, stated: bool, recording: _Recording
-) -> Callable[..., Any]:
-    @tf.autograph.experimental.do_not_convert
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        # In a loop's body or a nested function a tensor is not the whole batch's.
-        if tf.compat.v1.get_default_graph() is not recording.graph:
-            return call(*args, **kwargs)
-        if not recording.clean(layer.variables):
-            return call(*args, **kwargs)
-        first = recording.graph.version + 1
-        inputs = args[0] if args else None
-        if rule is not None and tf.is_symbolic_tensor(inputs) and recording.leads(inputs):
-            own = [(v, tf.identity(recording.value_of[id(v)])) for v in layer.variables]
-            with keras.StatelessScope(own), _without_activation(layer) as activation:
-                outputs = call(*args, **kwargs)
-            recording.ruled.append(_Ruled(layer, rule, inputs, outputs, own))
-            outputs = outputs if activation is None else activation(outputs)
-        else:
-            outputs = call(*args, **kwargs)
-            if stated:
-                outputs = _with_examples_first(layer, args, outputs, recording)
-        last = recording.graph.version + 1
-        recording.frames.append(_Frame(layer, call, (args, kwargs), outputs, first, last))
-        return outputs
-
-    return wrapper
-
-
-def _with_examples_first(layer: Any, args: Any, outputs: Any, recording: _Recording) -> Any:
-    """States the number of examples where the layer, as one that splits text, leaves it open."""
-    given = _tensors(args)
-    if not given or not recording.leads(given[0]):
-        return outputs
-
-    def stated(x: Any) -> Any:
-        if not (isinstance(x, tf.Tensor) and x.shape.rank and x.shape[0] is None):
-            return x
-        recording.assumed.append(layer)
-        return tf.ensure_shape(x, [recording.size, *x.shape[1:]])
-
-    return tf.nest.map_structure(stated, outputs)
-
-
-def _looped(layer: Any, loop: Callable[..., Any], recording: _Recording) -> Callable[..., Any]:
-    def wrapper(
-        sequences: Any, initial_state: Any, mask: Any = None, training: bool = False
-    ) -> Any:
-        inside = tf.compat.v1.get_default_graph() is recording.graph
-        usable = inside and tf.is_symbolic_tensor(sequences) and recording.leads(sequences)
-        if not usable or not recording.clean(layer.variables):
-            return loop(
-                sequences=sequences, initial_state=initial_state, mask=mask, training=training
-            )
-        own = [(v, tf.identity(recording.value_of[id(v)])) for v in layer.variables]
-
-        def record(steps: recurrent.Steps) -> None:
-            recording.looped.append(_Looped(steps, own))
-
-        with keras.StatelessScope(own):
-            return recurrent.inner_loop(layer, record)(sequences, initial_state, mask, training)
-
-    return wrapper
-
-
 Differentiate = Callable[[Sequence[tf.Tensor]], list[tf.Tensor | None]]
 
 
@@ -597,7 +236,7 @@ def _as_if(outputs: Sequence[tf.Tensor]) -> list[tf.Tensor | None]:
 
 def _fast(
     model: Model,
-    recorded: _Recording,
+    recorded: Recording,
     shapes: Any,
     refused: frozenset[int],
     skipped: Mapping[int, Any],
@@ -619,9 +258,9 @@ def _fast(
     """
     index = {id(w.variable): i for i, w in enumerate(model.weights)}
     sources = [recorded.value_of[id(w.variable)] for w in model.weights]
-    dependent = uses.data_dependent(recorded.flat)
-    traces = uses.TwoTraces(shapes, EXAMPLES, dependent)
-    batch = uses.Batch(recorded.size, traces.layout, traces.shared)
+    dependent = layouts.data_dependent(recorded.flat)
+    traces = layouts.TwoTraces(shapes, EXAMPLES, dependent)
+    batch = layouts.Batch(recorded.size, traces.layout, traces.shared)
 
     # What rules and steps take care of is not looked for among the other uses.
     covered = {
@@ -707,8 +346,8 @@ def _fast(
 
 def _steps(
     model: Model,
-    recorded: _Recording,
-    loop: _Looped,
+    recorded: Recording,
+    loop: Looped,
     of_sums: Sequence[tf.Tensor | None],
     shapes: Any,
     differentiate: Differentiate,
@@ -723,7 +362,7 @@ def _steps(
         rows, given = steps.replay()
     chosen = [i for i, w in enumerate(model.weights) if id(w.variable) in own]
     sources = [own[id(model.weights[i].variable)] for i in chosen]
-    dependent = uses.data_dependent(rows) | {x.op.name for x in rows}
+    dependent = layouts.data_dependent(rows) | {x.op.name for x in rows}
     count = steps.inputs.shape[1]
 
     def leads(x: tf.Tensor) -> bool:
@@ -738,7 +377,9 @@ def _steps(
         shape = shapes.get(x.name)
         return x.op.name not in dependent and shape is not None and not leads(x)
 
-    batch = uses.Batch(recorded.size, lambda x: uses.Layout(0, count) if leads(x) else None, shared)
+    batch = layouts.Batch(
+        recorded.size, lambda x: layouts.Layout(0, count) if leads(x) else None, shared
+    )
     found = uses.find(sources, shared, set())
     ends = uses.outputs(found)
     pairs = [(y, g) for y, g in zip(given, of_sums, strict=True) if g is not None]
@@ -765,18 +406,18 @@ def _steps(
 
 
 def _innermost(
-    model: Model, recorded: _Recording, shapes: Any, operations: Sequence[tf.Operation]
+    model: Model, recorded: Recording, shapes: Any, operations: Sequence[tf.Operation]
 ) -> list[int]:
     """Numbers of the smallest calls that have these operations; none if some are in none."""
-    traces = uses.TwoTraces(shapes, EXAMPLES, uses.data_dependent(recorded.flat))
+    traces = layouts.TwoTraces(shapes, EXAMPLES, layouts.data_dependent(recorded.flat))
     usable = [
         number
         for number, frame in enumerate(recorded.frames)
         if model.whole(frame.layer)
-        and all(recorded.leads(x) or traces.shared(x) for x in _tensors(frame.arguments))
-        and all(isinstance(x, tf.Tensor) for x in _composites((frame.arguments, frame.outputs)))
-        and all(recorded.leads(x) for x in _tensors(frame.outputs) if x.dtype.is_floating)
-        and any(recorded.leads(x) for x in _tensors(frame.arguments))
+        and all(recorded.leads(x) or traces.shared(x) for x in tensors(frame.arguments))
+        and all(isinstance(x, tf.Tensor) for x in composites((frame.arguments, frame.outputs)))
+        and all(recorded.leads(x) for x in tensors(frame.outputs) if x.dtype.is_floating)
+        and any(recorded.leads(x) for x in tensors(frame.arguments))
     ]
     chosen: set[int] = set()
     for operation in operations:
@@ -799,22 +440,10 @@ def _innermost(
     return sorted(outer)
 
 
-def _composites(structure: Any) -> list[Any]:
-    return [x for x in tf.nest.flatten(structure) if tf.is_tensor(x)]
-
-
-def _tensors(structure: Any) -> list[tf.Tensor]:
-    return [x for x in tf.nest.flatten(structure) if tf.is_symbolic_tensor(x)]
-
-
-def _float_tensors(structure: Any) -> list[tf.Tensor]:
-    return [x for x in _tensors(structure) if x.dtype.is_floating]
-
-
 def _of_frame(
     model: Model,
-    recorded: _Recording,
-    frame: _Frame,
+    recorded: Recording,
+    frame: Frame,
     of_outputs: Sequence[tf.Tensor | None],
     chosen: Sequence[int],
 ) -> dict[int, Form]:
@@ -838,7 +467,7 @@ def _of_frame(
         with keras.StatelessScope([(v, values[id(v)]) for v in model.variables]), tape:
             for source in sources:
                 tape.watch(source)
-            ends = _float_tensors(frame.call(*args, **kwargs))
+            ends = float_tensors(frame.call(*args, **kwargs))
             products = [
                 tf.reduce_sum(tf.cast(ends[i], tf.float32) * tf.cast(g, tf.float32)[None])
                 for i, g in zip(known, example[len(places) :], strict=True)
@@ -886,16 +515,3 @@ def whole_model(
     numbers += sum(w.size for w in weights)
     found = general.per_example(one, flat, [w.shape for w in weights], numbers)
     return [forms.full(x) for x in found]
-
-
-@contextlib.contextmanager
-def _without_activation(layer: Any) -> Iterator[Callable[[tf.Tensor], tf.Tensor] | None]:
-    activation = getattr(layer, "activation", None)
-    if activation is None:
-        yield None
-        return
-    object.__setattr__(layer, "activation", None)
-    try:
-        yield activation
-    finally:
-        object.__setattr__(layer, "activation", activation)

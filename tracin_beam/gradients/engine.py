@@ -4,9 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-import re
 import threading
 import time
 import zlib
@@ -16,7 +14,6 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.utils.naming import to_snake_case
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow.python.eager import context as eager_context
 
@@ -24,19 +21,19 @@ from tracin_beam.errors import InputError, reason
 from tracin_beam.gradients import (
     added,
     capture,
-    forms,
     independence,
     kinds,
     nests,
     padding,
     projections,
     quantities,
+    recording,
     recurrent,
-    rules,
-    uses,
+    traceable,
+    traced,
 )
-from tracin_beam.gradients.capture import Weight
-from tracin_beam.gradients.forms import Form
+from tracin_beam.gradients.batches import Batch, BatchParser
+from tracin_beam.gradients.selection import select_weights
 from tracin_beam.inputs import moments, state
 from tracin_beam.inputs.checkpoints import first_ten, moments_of, read_notes
 from tracin_beam.inputs.task import Task, in_keras_thread
@@ -46,8 +43,6 @@ from tracin_beam.inputs.weights import WeightsLoader
 _VALUES_BYTES = 2 << 30
 # What a batch may take: outputs, their gradients, and what of the weights' is written out.
 _BATCH_BYTES = 1 << 30
-# What of an example parse gives besides its id.
-_EXAMPLE = ("features", "label", "sample_weight")
 # Examples of one length that are computed together where they must not be padded.
 _OF_ONE_LENGTH = 8
 # Positions of unknown number are counted as so many.
@@ -94,47 +89,6 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Parsed examples.
-
-    Attributes:
-      features, label, sample_weight: as the task's parse gave them, [n, ...], ragged and sparse
-        tensors made dense; None if not given.
-      ids: object array [n] of bytes, or None when parse gives no id.
-      extents: what of them is each example's own, and no padding; see `padding.Extents`.
-      groups: object array [n] of bytes, or None when parse gives no group.
-    """
-
-    features: Any
-    label: Any
-    sample_weight: Any
-    ids: np.ndarray | None
-    extents: padding.Extents = dataclasses.field(default_factory=dict)
-    groups: np.ndarray | None = None
-
-    @property
-    def size(self) -> int:
-        return int(tf.nest.flatten(self.features)[0].shape[0])
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> "Batch":
-        """The examples at these indices."""
-        index = tf.constant(np.asarray(indices, np.int64))
-        features, label, weight = nests.map_present(
-            lambda x: tf.gather(x, index), (self.features, self.label, self.sample_weight)
-        )
-        ids = None if self.ids is None else self.ids[np.asarray(indices)]
-        groups = None if self.groups is None else self.groups[np.asarray(indices)]
-        extents = padding.take(self.extents, index.numpy())
-        return Batch(features, label, weight, ids, extents, groups)
-
-    def trimmed(self) -> "Batch":
-        """Without the padding, of examples that have the same extents."""
-        structure = (self.features, self.label, self.sample_weight)
-        features, label, weight = padding.trim(structure, self.extents)
-        return Batch(features, label, weight, self.ids)
-
-
-@dataclasses.dataclass(frozen=True)
 class Embedded:
     """What is computed of n examples at a checkpoint; NaN or infinite where it is not a number.
 
@@ -171,86 +125,6 @@ class Queries:
     written_out: bool = False
     summed: bool = False
     groups: "tuple[tuple[np.ndarray, Queries], ...]" = ()
-
-
-class BatchParser:
-    """A task's parse, traced once.
-
-    Raises, when called, whatever TensorFlow raises on records that do not parse.
-    """
-
-    def __init__(self, task: Task) -> None:
-        signature = [tf.TensorSpec([None], tf.string)]
-
-        def parse(records: tf.Tensor) -> tuple[Any, Any]:
-            parsed: Any = task.parse(records)
-            if not isinstance(parsed, Mapping):
-                return parsed, {}
-            given = tuple(parsed.get(key) for key in _EXAMPLE)
-            dense, extents = padding.densify(given)
-            return {**parsed, **dict(zip(_EXAMPLE, dense, strict=True))}, extents
-
-        self._function = tf.function(parse, input_signature=signature)
-        try:
-            self._spec, self._extents_spec = in_keras_thread(
-                lambda: self._function.get_concrete_function().structured_outputs
-            )
-        except Exception as error:
-            raise InputError(
-                "Task.parse cannot be traced for a batch of serialised records, tf.string [B]: "
-                + reason(error)
-            ) from error
-        if not isinstance(self._spec, Mapping) or self._spec.get("features") is None:
-            raise InputError('Task.parse must return a dict with "features" (and "label").')
-        unknown = set(self._spec) - {*_EXAMPLE, "id", "group"}
-        if unknown:
-            raise InputError(
-                f"Task.parse returns {sorted(unknown)}, which nothing takes; "
-                'it may return "id", "group", "features", "label" and "sample_weight".'
-            )
-
-    @property
-    def gives_ids(self) -> bool:
-        return self._spec.get("id") is not None
-
-    @property
-    def gives_groups(self) -> bool:
-        return self._spec.get("group") is not None
-
-    @property
-    def spec(self) -> tuple[Any, Any, Any]:
-        """`tf.TensorSpec`s of features, label and sample_weight, as far as they are known."""
-        return tuple(self._spec.get(key) for key in _EXAMPLE)
-
-    @property
-    def open_axes(self) -> dict[int, int]:
-        """By place among the leaves of `spec` that are not None: axes that may be padded."""
-        return {place: spec.shape[1] for place, spec in self._extents_spec.items()}
-
-    def __call__(self, records: Sequence[bytes]) -> Batch:
-        parsed, extents = self._function(tf.constant(list(records), tf.string))
-        for x in tf.nest.flatten(dict(parsed)):
-            if x is not None and (x.shape.rank == 0 or x.shape[0] != len(records)):
-                raise ValueError(
-                    f"parse gave a tensor of shape {x.shape} for {len(records)} records; "
-                    "the first axis must be the record"
-                )
-        ids, groups = (_names(parsed.get(key), key, len(records)) for key in ("id", "group"))
-        sizes = {place: x.numpy() for place, x in extents.items()}
-        features, label, weight = (parsed.get(key) for key in _EXAMPLE)
-        return Batch(features, label, weight, ids, sizes, groups)
-
-
-def _names(given: Any, key: str, count: int) -> np.ndarray | None:
-    """Ids or groups that parse gave, as bytes: object [count]."""
-    if given is None:
-        return None
-    names: np.ndarray = tf.reshape(
-        given if given.dtype == tf.string else tf.as_string(given), [-1]
-    ).numpy()
-    if len(names) != count:
-        raise ValueError(f"parse gave {len(names)} {key}s for {count} records")
-    return names
 
 
 class Engine:
@@ -301,30 +175,36 @@ class Engine:
         with self._explained():
             output = self.model(one.features, training=False)
         self.kind = kinds.infer(self.task.loss, one.label, output, self.task.kind)
-        capture.make_traceable(self.model)
+        traceable.make_traceable(self.model)
         self.added = added.survey(self.model, one.features)
+        self.subject = traced.Subject(self.task, self.model, self.kind, self.added)
 
     @functools.cached_property
-    def _found(self) -> tuple[capture.Model, capture.Survey]:
+    def _found(self) -> tuple[recording.Model, capture.Survey]:
         """The model as gradients are taken of it, and what a trace of it showed."""
         return in_keras_thread(self._surveyed)
 
-    def _surveyed(self) -> tuple[capture.Model, capture.Survey]:
+    def _surveyed(self) -> tuple[recording.Model, capture.Survey]:
         # What a layer adds to the loss in its call is not seen in the gradient of its output.
         adding = frozenset(id(one.layer) for one in self.added if one.inside)
-        model = capture.Model.of(self.model, self.weights, self.config.rules, adding)
+        model = recording.Model.of(self.model, self.weights, self.config.rules, adding)
         labelled = self._example.label is not None
-        forward = self._forward("loss" if labelled else "predicted_loss")
+        forward = self.subject.forward("loss" if labelled else "predicted_loss")
         with self._explained():
             found = capture.survey(model, forward, self._open_spec, self._structure)
             if found.assumed:
                 some = self._example.take(np.zeros(3, np.int64))
-                others = capture.not_first(
+                others = recording.not_first(
                     found.assumed, lambda: self.model(some.features, training=False), some.size
                 )
                 if others:
                     model = dataclasses.replace(model, not_first=others)
                     found = capture.survey(model, forward, self._open_spec, self._structure)
+            if found.general and found.loops:
+                stepwise = dataclasses.replace(model, loops=False)
+                again = capture.survey(stepwise, forward, self._open_spec, self._structure)
+                if len(again.general) < len(found.general):
+                    return stepwise, again
         return model, found
 
     @functools.cached_property
@@ -338,18 +218,18 @@ class Engine:
         return self.batch_size if self.config.padding else min(self.batch_size, _OF_ONE_LENGTH)
 
     @functools.cached_property
-    def _biases(self) -> dict[int, int]:
-        """By index of a kernel whose gradient is in factors, the index of its bias."""
-        number = {id(weight.variable): i for i, weight in enumerate(self.weights)}
-        found = {}
-        for layer in {id(weight.layer): weight.layer for weight in self.weights}.values():
-            kernel, bias = (number.get(id(v), -1) for v in rules.kernel_and_bias(layer))
-            form = self._found[1].forms.get(kernel) if bias >= 0 else None
-            if isinstance(form, forms.Outer | forms.Windowed) and (
-                form.right.shape[-1] == self.specs[bias].size
-            ):
-                found[kernel] = bias
-        return found
+    def _bodies(self) -> traced.Bodies:
+        return traced.Bodies(
+            self.subject,
+            self._found,
+            self._structure,
+            self.weights,
+            self.specs,
+            self.projection,
+            self.config.layers,
+            self.config.norms,
+            self.config.gradient,
+        )
 
     @property
     def general(self) -> tuple[int, ...]:
@@ -398,14 +278,15 @@ class Engine:
     def _bytes(self) -> int:
         """What an example takes, of _BATCH_BYTES."""
         _, found = self._found
+        bodies = self._bodies
         written = [self.weights[i].size for i in found.general]
         projected = 2 * sum(written) + sum(
-            self.projection.numbers(self.specs[i], self._as_scaled(i, form))
+            self.projection.numbers(self.specs[i], bodies.as_scaled(i, form))
             for i, form in found.forms.items()
         )
         kept = sum(written) + sum(
             sum(math.prod(n or _POSITIONS for n in x.shape[1:]) for x in tf.nest.flatten(form))
-            for form in self._dots().values()
+            for form in bodies.dots.values()
         )
         # Outputs are kept for the backward pass, which has as many gradients on the way.
         return 4 * (2 * found.outputs + max(projected, kept))
@@ -662,7 +543,8 @@ class Engine:
     def query_bytes(self) -> int:
         """Memory that one `Queries` takes, in bytes, positions of unknown number counted as 128."""
         return sum(
-            math.prod(n or _POSITIONS for n in spec.shape) * 4 for spec in self._query_specs()
+            math.prod(n or _POSITIONS for n in spec.shape) * 4
+            for spec in self._bodies.query_specs(self._width)
         )
 
     def described_kind(self) -> dict[str, Any]:
@@ -798,7 +680,7 @@ class Engine:
         def compute() -> np.ndarray:
             self._assign(values)
             return np.asarray(
-                self._forward(target)(batch.features, batch.label, batch.sample_weight)[0]
+                self.subject.forward(target)(batch.features, batch.label, batch.sample_weight)[0]
             )
 
         with self._explained():
@@ -871,12 +753,9 @@ class Engine:
         return max(_TOLERANCES.get(dtype, 1e-3) for dtype in dtypes)
 
     def _assign(self, values: list[tf.Tensor]) -> None:
-        for variable, value in zip(self.model.variables, self._of_model(values), strict=True):
+        of_model = values[: len(self.model.variables)]
+        for variable, value in zip(self.model.variables, of_model, strict=True):
             variable.assign(value)
-
-    def _of_model(self, values: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
-        """The model's variables, of what `values` gives."""
-        return values[: len(self.model.variables)]
 
     def _plain(self, values: list[tf.Tensor], example: Batch) -> list[np.ndarray]:
         # By the model's own variables, as in training: nothing that the fast way relies on.
@@ -885,7 +764,7 @@ class Engine:
             example = example.trimmed()
         sources = [w.variable.value for w in self.weights]
         with tf.GradientTape() as tape:
-            quantity, _ = self._forward("loss")(
+            quantity, _ = self.subject.forward("loss")(
                 example.features, example.label, example.sample_weight
             )
             total = tf.reduce_sum(quantity)
@@ -931,50 +810,11 @@ class Engine:
             tf.TensorSpec([width, *spec.shape[1:]], spec.dtype) for spec in self._open_spec
         ]
         signature = [self._values_spec, flat_spec, *more]
-        bodies: dict[str, Callable[..., Any]] = {
-            "embed": self._embed,
-            "features": self._features,
-            "outputs": self._outputs,
-            "norms": self._norms,
-            "whole": self._whole,
-            "transformable": self._transformable,
-            "fast": self._fast,
-            "queries": self._queries,
-            "few scores": self._scores,
-            "scores": self._scores,
-            "summed": self._summed,
-            "products": self._products,
-            "quadratic": self._quadratic,
-            "scores of written out": self._scores_of_written_out,
-            "scores of sums": self._scores_of_written_out,
-        }
-        if kind in ("scores", "few scores"):
-            count = _FEW if kind == "few scores" else self._width
-            specs = self._query_specs()
-            signature.append([tf.TensorSpec([count, *x.shape[1:]], x.dtype) for x in specs])
-        elif kind == "scores of written out":
-            signature.append(
-                [
-                    tf.nest.map_structure(
-                        lambda x: tf.TensorSpec([None, None, x.shape[-1]]), self._outer[i]
-                    )
-                    if i in self._outer
-                    else tf.TensorSpec([None, spec.size])
-                    for i, spec in enumerate(self.specs)
-                ]
-            )
-        elif kind == "scores of sums":
-            signature.append([tf.TensorSpec([None, spec.size], tf.float32) for spec in self.specs])
-        elif kind.startswith("moments"):
-            bodies[kind] = functools.partial(self._moments, int(kind.split()[1]))
-            signature.append(tf.TensorSpec([self._width], tf.float32))
-        elif kind == "summed":
-            signature.append(tf.TensorSpec([self._width], tf.float32))
-        elif kind == "products":
-            size = sum(spec.size for spec in self.specs)
-            signature.append(tf.TensorSpec([size], tf.float32))
+        bodies = self._bodies
+        body = bodies.of(kind)
+        signature += bodies.more(kind, self._width, _FEW if kind == "few scores" else self._width)
         function = tf.function(
-            lambda *args: bodies[kind](target, *args), input_signature=signature, autograph=False
+            lambda *args: body(target, *args), input_signature=signature, autograph=False
         )
         with self._explained():
             function.get_concrete_function()
@@ -990,293 +830,6 @@ class Engine:
             raise InputError(
                 f"the model or the loss does not take what parse gives: {reason(error)}"
             ) from error
-
-    def _forward(self, target: str) -> capture.Forward:
-        kind = self.kind
-        quantity = quantities.target_quantity(target, self.task.loss, kind, self.task.targets)
-        loss = quantities.loss_if_labelled(self.task.loss, kind)
-
-        def forward(features: Any, label: Any, sample_weight: Any) -> tuple[tf.Tensor, Any]:
-            with contextlib.ExitStack() as stack:
-                extra = stack.enter_context(added.collecting(self.model)) if self.added else []
-                output = self.model(features, training=False)
-            value = quantity(label, output, sample_weight)
-            if target == quantities.OUTPUTS:
-                return value, (quantities.log_probabilities(output, kind),)
-            plain = value if target == "loss" else loss(label, output, sample_weight)
-            if self.added and target == "loss":
-                value += added.shares(extra, self.added, nests.present(features)[0].shape[0])
-            if self.task.predict is not None:
-                prediction = tf.cast(self.task.predict(output), tf.float32)
-            else:
-                prediction = kinds.predictions(output, kind)
-            return value, (plain, kinds.labels(label, output, kind), prediction, extra)
-
-        return forward
-
-    def _gradients(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> capture.Captured:
-        of_model = self._of_model(values)
-        captured = capture.per_example_gradients(
-            *self._found, self._forward(target), of_model, flat, self._structure
-        )
-        if not captured.gradients:
-            raise InputError(
-                f"the {target} does not depend on any weight of --layers={self.config.layers}, "
-                "or not in a way that TensorFlow differentiates"
-            )
-        if self.config.gradient == "plain":
-            return captured
-        scales = values[len(of_model) :]
-        found = {
-            i: forms.scaled(form, scales[i], self.specs[i].shape)
-            for i, form in captured.gradients.items()
-        }
-        return dataclasses.replace(captured, gradients=found)
-
-    def _as_scaled(self, i: int, form: Form) -> Form:
-        """The form, of `tf.TensorSpec`s, in which a weight's gradient leaves `_gradients`."""
-        if self.config.gradient == "plain" or forms.keeps_its_form(form):
-            return form
-        return forms.Full(tf.TensorSpec([None, self.specs[i].size], tf.float32))
-
-    def _embed(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> tuple[tf.Tensor, ...]:
-        captured = self._gradients(target, values, flat)
-        found = [(self.specs[i], form) for i, form in captured.gradients.items()]
-        parts = self.projection.prepare(found)
-        embedding = self.projection(parts)
-        if self.config.norms == "sketched":
-            norm = tf.reduce_sum(tf.square(embedding), axis=1)
-            error = norm * math.sqrt(2 / self.dim)
-        elif self.config.norms == "estimated":
-            norm, error = forms.estimated_norm([part for _, part in parts])
-        else:
-            norm = forms.summed_norm([form for _, form in found])
-            error = tf.zeros_like(norm)
-        loss, label, prediction, extra = captured.auxiliary
-        if self.added:
-            loss += self._added(extra, values, flat)
-        return embedding, norm, error, loss, label, prediction
-
-    def _added(
-        self,
-        extra: Sequence[tuple[Any, tf.Tensor, bool]],
-        values: Sequence[tf.Tensor],
-        flat: Sequence[tf.Tensor],
-    ) -> tf.Tensor:
-        """What layers add to each example's loss: float32 [B]."""
-        shapes = self._found[1].shapes
-
-        def leads(x: tf.Tensor) -> bool:
-            shape = shapes.get(x.name)
-            return shape is not None and shape[:1] == [capture.EXAMPLES]
-
-        found = added.values(extra, self.added, self._width, leads, uses.data_dependent(flat))
-        if found is not None:
-            return found
-        features, *_ = nests.repack(self._structure, flat)
-        with keras.StatelessScope(
-            list(zip(self.model.variables, self._of_model(values), strict=True))
-        ):
-            return added.values_alone(self.model, self.added, features)
-
-    def _features(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> tuple[tf.Tensor, ...]:
-        captured = self._gradients(target, values, flat)
-        forms = [(self.specs[i], form) for i, form in captured.gradients.items()]
-        return *captured.auxiliary, self.projection(forms)
-
-    def _outputs(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> tuple[tf.Tensor, ...]:
-        with keras.StatelessScope(
-            list(zip(self.model.variables, self._of_model(values), strict=True))
-        ):
-            _, outputs = self._forward(target)(*nests.repack(self._structure, flat))
-        return tuple(outputs)
-
-    def _norms(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> tf.Tensor:
-        return forms.summed_norm(list(self._gradients(target, values, flat).gradients.values()))
-
-    def _fast(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> list[tf.Tensor]:
-        """What embedding would take without the weights that no rule is for."""
-        found = self._gradients(target, values, flat)
-        kept = [(self.specs[i], x) for i, x in found.gradients.items() if i not in found.general]
-        if not kept:
-            return [found.quantity]
-        return [self.projection(kept) + tf.add_n([forms.squared_norm(x) for _, x in kept])[:, None]]
-
-    def _whole(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> list[tf.Tensor]:
-        found = self._gradients(target, values, flat).gradients
-        return [
-            forms.materialise(found[i], spec.shape)
-            if i in found
-            else tf.zeros([flat[0].shape[0], spec.size])
-            for i, spec in enumerate(self.specs)
-        ]
-
-    @property
-    def _outer(self) -> dict[int, forms.Outer]:
-        """By index of a weight whose gradients are outer products of one position, their specs."""
-        return {
-            i: form
-            for i, form in self._dots().items()
-            if isinstance(form, forms.Outer) and form.left.shape[1] == 1 and i not in self.general
-        }
-
-    def _transformable(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> list[Any]:
-        found = self._gradients(target, values, flat).gradients
-        count = flat[0].shape[0]
-
-        def one(i: int, spec: projections.WeightSpec) -> Any:
-            if i in self._outer:
-                zeros = tf.nest.map_structure(
-                    lambda x: tf.zeros([count, 1, x.shape[-1]]), self._outer[i]
-                )
-                return found.get(i, zeros)
-            if i in found:
-                return forms.materialise(found[i], spec.shape)
-            return tf.zeros([count, spec.size])
-
-        return [one(i, spec) for i, spec in enumerate(self.specs)]
-
-    def _query_specs(self) -> list[tf.TensorSpec]:
-        """Of the flat tensors of `Queries`: every weight has its place, whatever the target."""
-        return [
-            tf.TensorSpec([self._width, *spec.shape[1:]], spec.dtype)
-            for spec in tf.nest.flatten(self._dots())
-        ]
-
-    def _dots(self) -> dict[int, Form]:
-        """By index of the weight, the form in which its inner products are taken."""
-
-        def whole(i: int) -> Form:
-            return forms.Full(tf.TensorSpec([None, self.weights[i].size], tf.float32))
-
-        general = {i: whole(i) for i in self.general}
-        found = self._found[1]
-        kept = {
-            i: form if self._as_scaled(i, found.forms[i]) is found.forms[i] else whole(i)
-            for i, form in found.dots.items()
-        }
-        return dict(sorted({**kept, **general}.items()))
-
-    def _ready(self, captured: capture.Captured) -> dict[int, Form]:
-        return {
-            i: forms.for_dot(form, self.specs[i].shape) for i, form in captured.gradients.items()
-        }
-
-    def _queries(
-        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
-    ) -> list[tf.Tensor]:
-        ready = self._ready(self._gradients(target, values, flat))
-
-        def absent(spec: tf.TensorSpec) -> tf.Tensor:
-            return tf.zeros([self._width, *(n or 1 for n in spec.shape[1:])], spec.dtype)
-
-        return [
-            x
-            for i, form in self._dots().items()
-            for x in tf.nest.flatten(ready.get(i, tf.nest.map_structure(absent, form)))
-        ]
-
-    def _summed(
-        self,
-        target: str,
-        values: Sequence[tf.Tensor],
-        flat: Sequence[tf.Tensor],
-        weights: tf.Tensor,
-    ) -> tf.Tensor:
-        found = self._gradients(target, values, flat).gradients
-        parts = [
-            forms.total(found[i], weights, spec.shape) if i in found else tf.zeros([spec.size])
-            for i, spec in enumerate(self.specs)
-        ]
-        return tf.concat(parts, axis=0)
-
-    def _products(
-        self,
-        target: str,
-        values: Sequence[tf.Tensor],
-        flat: Sequence[tf.Tensor],
-        vector: tf.Tensor,
-    ) -> tf.Tensor:
-        found = self._gradients(target, values, flat).gradients
-        vectors = tf.split(vector, [spec.size for spec in self.specs])
-        return tf.add_n(
-            [forms.dot_vector(form, vectors[i], self.specs[i].shape) for i, form in found.items()]
-        )
-
-    def _scores(
-        self,
-        target: str,
-        values: Sequence[tf.Tensor],
-        flat: Sequence[tf.Tensor],
-        queries: Sequence[tf.Tensor],
-    ) -> tf.Tensor:
-        del target
-        others = tf.nest.pack_sequence_as(self._dots(), list(queries))
-        own = self._ready(self._gradients("loss", values, flat))
-        return tf.add_n([forms.dot(form, others[i]) for i, form in own.items()])
-
-    def _scores_of_written_out(
-        self,
-        target: str,
-        values: Sequence[tf.Tensor],
-        flat: Sequence[tf.Tensor],
-        queries: Sequence[tf.Tensor],
-    ) -> tf.Tensor:
-        own = self._gradients(target, values, flat).gradients
-        return tf.add_n(
-            [forms.dot_written(x, queries[i], self.specs[i].shape) for i, x in own.items()]
-        )
-
-    def _quadratic(
-        self,
-        target: str,
-        values: Sequence[tf.Tensor],
-        flat: Sequence[tf.Tensor],
-        parts: Mapping[str, Mapping[str, tf.Tensor]],
-    ) -> tf.Tensor:
-        own = self._gradients(target, values, flat).gradients
-        found = []
-        for name, part in parts.items():
-            i, *bias = map(int, name.split("+"))
-            if i in own:
-                left, right = part.get("left"), part.get("right")
-                shape = self.specs[i].shape
-                found.append(forms.quadratic(own[i], shape, part["by"], left, right, bool(bias)))
-        return tf.add_n(found)
-
-    def _moments(
-        self,
-        widest: int,
-        target: str,
-        values: Sequence[tf.Tensor],
-        flat: Sequence[tf.Tensor],
-        counted: tf.Tensor,
-    ) -> dict[str, tf.Tensor]:
-        own = self._gradients(target, values, flat).gradients
-        joined = {i: j for i, j in self._biases.items() if i in own}
-        found: dict[str, tf.Tensor] = {}
-        for i, form in own.items():
-            if i not in joined.values():
-                name = f"{i}+{joined[i]}" if i in joined else f"{i}"
-                parts = forms.moments(form, counted, self.specs[i].shape, widest, i in joined)
-                found |= {f"{name}/{part}": x for part, x in parts.items()}
-        return found
 
 
 def _in_places(parts: Sequence[tuple[np.ndarray, np.ndarray]], size: int) -> np.ndarray:
@@ -1319,67 +872,3 @@ def _open_spec(spec: tf.TensorSpec, example: tf.Tensor, open_axes: int) -> tf.Te
     if len(shape) > max(2, open_axes + 1) and shape[-1] is None:
         shape[-1] = example.shape[-1]
     return tf.TensorSpec(shape, example.dtype)
-
-
-def select_weights(model: keras.Model, layers: str) -> list[Weight]:
-    """The trainable weights of the chosen layers, with names that are the same in every process.
-
-    A path is made of the layers' names from the model down, "encoder/dense_1/kernel". Where Keras
-    made the name up, counting all layers of that type in the process, they are counted again
-    within their parent.
-
-    Args:
-      model: a built model.
-      layers: "all"; "last", the layer that owns the last trainable weight; or a regular
-        expression searched for in the paths.
-
-    Raises:
-      InputError: no trainable weight is chosen, or the expression is none.
-    """
-    trainable = {id(v): v for v in model.trainable_variables}
-    found: dict[int, Weight] = {}
-    seen: set[int] = set()
-
-    def visit(layer: keras.layers.Layer, prefix: str) -> None:
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
-        names: set[str] = set()
-        for variable in layer._trainable_variables:
-            if id(variable) in trainable and id(variable) not in found:
-                name = _unique(re.sub(r"_\d+$", "", variable.name), names)
-                found[id(variable)] = Weight(prefix + name, variable, layer)
-        names = set()
-        for child in layer._layers:
-            name = child.name
-            automatic = to_snake_case(type(child).__name__)
-            made_up = re.fullmatch(rf"((?:forward_|backward_)?{re.escape(automatic)})(_\d+)?", name)
-            visit(child, f"{prefix}{_unique(made_up[1] if made_up else name, names)}/")
-
-    visit(model, "")
-    for i, (key, variable) in enumerate(trainable.items()):
-        found.setdefault(key, Weight(f"{i}/{variable.name}", variable, model))
-    ordered = [found[key] for key in trainable]
-    if not ordered:
-        raise InputError("the model has no trainable weight; is it frozen?")
-    if layers == "all":
-        return ordered
-    if layers == "last":
-        return [w for w in ordered if w.layer is ordered[-1].layer]
-    try:
-        chosen = [w for w in ordered if re.search(layers, w.path)]
-    except re.error as error:
-        raise InputError(f"--layers={layers} is not a regular expression: {error}") from None
-    if not chosen:
-        raise InputError(
-            f"--layers={layers} matches none of the trainable weights: "
-            + ", ".join(w.path for w in ordered)
-        )
-    return chosen
-
-
-def _unique(name: str, names: set[str]) -> str:
-    candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
-    chosen = next(candidate for candidate in candidates if candidate not in names)
-    names.add(chosen)
-    return chosen

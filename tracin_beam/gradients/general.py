@@ -10,12 +10,10 @@ unsafe product of.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
-
-from tracin_beam.gradients import uses
 
 # What the examples that are computed at a time may take together, in bytes.
 BYTES = 256 << 20
@@ -125,7 +123,23 @@ def _vectorised(
         traced = mapped.get_concrete_function()
     except Exception:  # its converters fail in many ways
         return None
-    return None if uses.unsafe_products(operations(traced.graph)) else traced
+    return None if unsafe_products(operations(traced.graph)) else traced
+
+
+def unsafe_products(operations: Iterable[tf.Operation]) -> bool:
+    """Whether one of them is a product of four axes or more that broadcasts an operand.
+
+    TensorFlow 2.20 on a processor with AMX crashes on it.
+    """
+    for operation in operations:
+        if operation.type in ("BatchMatMulV2", "BatchMatMulV3"):
+            left, right = (x.shape for x in operation.inputs[:2])
+            if left.rank is None or right.rank is None:
+                return True
+            known = left[:-2].is_fully_defined() and right[:-2].is_fully_defined()
+            if max(left.rank, right.rank) > 3 and not (known and left[:-2] == right[:-2]):
+                return True
+    return False
 
 
 def operations(graph: Any) -> Iterator[tf.Operation]:

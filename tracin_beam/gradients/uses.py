@@ -17,79 +17,24 @@ that is used in several ways has the sum of them. So it does not matter to which
 belongs, whether it is tied, or what class the layer is of. An operation that is not known here
 leaves its weights to `general`.
 
-To add an operation, write a function and put `@use("ItsType")` on it, or `@passage("ItsType")`
-for one that weights alone go through.
+To add an operation, write a function and put `@use("ItsType")` on it; one that weights alone go
+through is added to `passages`.
 """
 
 import dataclasses
 import math
 import string
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from tracin_beam.gradients import forms
+from tracin_beam.gradients import forms, layouts, passages
 from tracin_beam.gradients.forms import Form, Full, Outer, Rows, Window, Windowed
+from tracin_beam.gradients.layouts import Batch, Layout
+from tracin_beam.gradients.passages import Unknown, flattened
 
-# Operations whose outputs tell the shape of their input, and nothing of what it holds.
-_SHAPES = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
-_NO_GRADIENT = {*_SHAPES, "StopGradient", "PreventGradient"}
-# Operations that leave what is along an axis in its order, if they leave its length as it is.
-_ROWWISE = {
-    "Abs", "Add", "AddN", "AddV2", "AvgPool", "AvgPool3D", "BatchMatMulV2", "BatchMatMulV3",
-    "BiasAdd", "Cast", "ConcatV2", "Conv2D", "Conv3D", "Cos", "DepthwiseConv2dNative", "DivNoNan",
-    "Einsum", "Elu", "Erf", "Exp", "ExpandDims", "Expm1", "Greater", "GreaterEqual", "Identity",
-    "IdentityN", "LeakyRelu", "Less", "LessEqual", "Log", "Log1p", "LogSoftmax", "MatMul", "Max",
-    "MaxPool", "MaxPool3D", "Maximum", "Mean", "Min", "Minimum", "Mul", "Neg", "Pack", "Pad",
-    "PadV2", "Pow", "RealDiv", "Reciprocal", "Relu", "Relu6", "Rsqrt", "SelectV2", "Selu",
-    "Sigmoid", "Sign", "Sin", "Slice", "Softmax", "Softplus", "Softsign", "Split", "SplitV",
-    "Sqrt", "Square", "SquaredDifference", "Squeeze", "StopGradient", "StridedSlice", "Sub", "Sum",
-    "Tanh", "Transpose", "Unpack",
-}  # fmt: skip
-
-
-# Operations whose rules tell the two apart when both operands are the same weight.
-_TWICE = {"AddV2", "Add", "Sub", "AddN"}
-
-
-class Unknown(Exception):
-    """An operation, or a use of it, that no rule here is for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where a tensor has the examples.
-
-    Attributes:
-      axis: the axis.
-      positions: how many entries of an example follow one another along it; None where that is not
-        known before the data is there.
-      before: how many times the examples follow one another, as in time steps laid end to end.
-    """
-
-    axis: int
-    positions: int | None
-    before: int = 1
-
-
-# The layout of a tensor that holds something of each example; None if that is not known.
-Layouts = Callable[[tf.Tensor], Layout | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What is known of the examples in a graph.
-
-    Attributes:
-      size: the number of examples.
-      layout: of any tensor.
-      shared: whether a tensor is the same for all examples and holds none of them.
-    """
-
-    size: int
-    layout: Layouts
-    shared: Callable[[tf.Tensor], bool]
+_NO_GRADIENT = {*layouts.SHAPES, "StopGradient", "PreventGradient"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +55,8 @@ class WeightUses:
 
 
 Use = Callable[[tf.Operation, int, tf.Tensor, Batch], Form]
-Passage = Callable[[tf.Operation, int, Form], Form]
 
 _USES: dict[str, Use] = {}
-_PASSAGES: dict[str, Passage] = {}
 
 
 def use(*types: str) -> Callable[[Use], Use]:
@@ -126,41 +69,19 @@ def use(*types: str) -> Callable[[Use], Use]:
     return register
 
 
-def passage(*types: str) -> Callable[[Passage], Passage]:
-    """Registers what operations do with gradients: (operation, which input, of its output)."""
-
-    def register(function: Passage) -> Passage:
-        _PASSAGES.update(dict.fromkeys(types, function))
-        return function
-
-    return register
-
-
-def data_dependent(inputs: Iterable[tf.Tensor]) -> set[str]:
-    """Names of the operations that make these tensors, and of all whose outputs depend on them."""
-    waiting = list(inputs)
-    found = {x.op.name for x in waiting}
-    while waiting:
-        for operation in waiting.pop().consumers():
-            if operation.name not in found and operation.type not in _SHAPES:
-                found.add(operation.name)
-                waiting.extend(operation.outputs)
-    return found
-
-
 def find(
     sources: Sequence[tf.Tensor],
     shared: Callable[[tf.Tensor], bool],
     covered: Container[str] = (),
 ) -> WeightUses:
     """The uses of these weights in the graph as it is now, but for operations of these names."""
-    passages: dict[str, tf.Operation] = {}
+    through: dict[str, tf.Operation] = {}
     uses: dict[str, tf.Operation] = {}
     reached = {source.ref() for source in sources}
     waiting = list(sources)
     while waiting:
         for operation in waiting.pop().consumers():
-            if operation.name in passages or operation.name in uses:
+            if operation.name in through or operation.name in uses:
                 continue
             if operation.name in covered:
                 continue
@@ -168,12 +89,12 @@ def find(
             if operation.type in _NO_GRADIENT or not (outputs or _opaque(operation)):
                 continue
             if all(shared(x) for x in outputs) and not _opaque(operation):
-                passages[operation.name] = operation
+                through[operation.name] = operation
                 reached.update(x.ref() for x in outputs)
                 waiting.extend(outputs)
             else:
                 uses[operation.name] = operation
-    ordered = sorted(passages.values(), key=lambda operation: operation._id)
+    ordered = sorted(through.values(), key=lambda operation: operation._id)
     return WeightUses(sources, ordered, list(uses.values()), reached)
 
 
@@ -235,14 +156,13 @@ def gradients(
             for i, x in enumerate(operation.inputs):
                 if x.ref() not in found.reached or x.ref() in blocked:
                     continue
-                if _earlier(operation, i):
-                    continue
                 try:
-                    for part in _together(parts, output):
-                        partial.setdefault(x.ref(), []).append(_through(operation, i, part, output))
+                    earlier = passages.back(operation, i, parts, output)
                 except Unknown:
                     unknown[operation.name] = operation
                     blocked.add(x.ref())
+                else:
+                    partial.setdefault(x.ref(), []).extend(earlier)
     results: list[Form | None] = []
     for source in found.sources:
         parts = None if source.ref() in blocked else partial.get(source.ref())
@@ -257,264 +177,6 @@ def missing(found: WeightUses, unknown: dict[str, tf.Operation]) -> list[int]:
         if any(output.ref() in reaching for output in operation.outputs):
             reaching.update(x.ref() for x in operation.inputs)
     return [i for i, source in enumerate(found.sources) if source.ref() in reaching]
-
-
-def _together(parts: Sequence[Form], x: tf.Tensor) -> Sequence[Form]:
-    if len(parts) == 1 or not x.shape.is_fully_defined():
-        return parts
-    return forms.parts_of(forms.add(parts, x.shape))
-
-
-def _earlier(operation: tf.Operation, i: int) -> bool:
-    """Whether the gradient function of an operation has given this input's part already."""
-    again = any(operation.inputs[j] is operation.inputs[i] for j in range(i))
-    return again and operation.type not in _TWICE
-
-
-def _through(operation: tf.Operation, i: int, form: Form, output: tf.Tensor) -> Form:
-    if operation.type in _PASSAGES:
-        return _PASSAGES[operation.type](operation, i, form)
-    return _transposed_jacobian(operation, i, form, output)
-
-
-def _transposed_jacobian(operation: tf.Operation, i: int, form: Form, output: tf.Tensor) -> Full:
-    """Through any operation: its own gradient function, for each example's gradient."""
-    x = operation.inputs[i]
-    if any(y is x for j, y in enumerate(operation.inputs) if j != i) and operation.type in _TWICE:
-        raise Unknown(operation.type)
-    value = _written(form, output)
-    graph = tf.compat.v1.get_default_graph()
-    before = graph.version
-
-    def one(g: tf.Tensor) -> tf.Tensor:
-        (gradient,) = tf.gradients(
-            output, [x], [tf.cast(g, output.dtype)], stop_gradients=list(operation.inputs)
-        )
-        if gradient is None:
-            return tf.zeros(tf.shape(x))
-        return tf.cast(tf.convert_to_tensor(gradient), tf.float32)
-
-    try:
-        result = tf.vectorized_map(one, value)
-    except Exception as error:  # its converters fail in many ways
-        raise Unknown(operation.type) from error
-    new = [o for o in graph.get_operations() if o._id > before + 1]
-    if unsafe_products(new):
-        raise Unknown(operation.type)
-    return _full(result, x)
-
-
-def unsafe_products(operations: Iterable[tf.Operation]) -> bool:
-    """Whether one of them is a product of four axes or more that broadcasts an operand.
-
-    TensorFlow 2.20 on a processor with AMX crashes on it.
-    """
-    for operation in operations:
-        if operation.type in ("BatchMatMulV2", "BatchMatMulV3"):
-            left, right = (x.shape for x in operation.inputs[:2])
-            if left.rank is None or right.rank is None:
-                return True
-            known = left[:-2].is_fully_defined() and right[:-2].is_fully_defined()
-            if max(left.rank, right.rank) > 3 and not (known and left[:-2] == right[:-2]):
-                return True
-    return False
-
-
-def _written(form: Form, x: tf.Tensor) -> tf.Tensor:
-    """A gradient with respect to x written out: [B, *x.shape]."""
-    value = form.value if isinstance(form, Full) else forms.materialise(form, x.shape)
-    if x.shape.is_fully_defined():
-        return tf.reshape(value, [tf.nest.flatten(form)[0].shape[0] or -1, *x.shape])
-    return tf.reshape(value, tf.concat([tf.shape(value)[:1], tf.shape(x)], axis=0))
-
-
-def _full(value: tf.Tensor, x: tf.Tensor) -> Full:
-    size = math.prod(x.shape) if x.shape.is_fully_defined() else -1
-    batch = value.shape[0] if value.shape[0] is not None else tf.shape(value)[0]
-    return Full(tf.reshape(tf.cast(value, tf.float32), [batch, size]))
-
-
-# --- what weights go through -----------------------------------------------------------------
-
-
-@passage("Identity", "Cast", "Snapshot", "EnsureShape", "CheckNumerics")
-def _same(operation: tf.Operation, i: int, form: Form) -> Form:
-    del operation, i
-    return form
-
-
-@passage("Reshape", "ExpandDims", "Squeeze")
-def _reshaped(operation: tf.Operation, i: int, form: Form) -> Form:
-    """Flattened, a gradient stays what it is; only rows need their axis."""
-    x, y = operation.inputs[i], operation.outputs[0]
-    if isinstance(form, Rows) and x.shape[:1] != y.shape[:1]:
-        return _full(_written(form, y), x)
-    return form
-
-
-@passage("Neg")
-def _negative(operation: tf.Operation, i: int, form: Form) -> Form:
-    del operation, i
-    return _scaled(form, tf.constant(-1.0))
-
-
-@passage("AddV2", "Add", "Sub", "AddN", "BiasAdd", "BroadcastTo", "Tile")
-def _added(operation: tf.Operation, i: int, form: Form) -> Form:
-    x, y = operation.inputs[i], operation.outputs[0]
-    if x.shape.is_fully_defined() and x.shape == y.shape and operation.type != "Tile":
-        return _negative(operation, i, form) if operation.type == "Sub" and i == 1 else form
-    return _transposed_jacobian(operation, i, form, y)
-
-
-@passage("Mul", "RealDiv")
-def _multiplied(operation: tf.Operation, i: int, form: Form) -> Form:
-    """By other weights or a constant: factors stay factors where the other one is of rank one."""
-    x, y = operation.inputs[i], operation.outputs[0]
-    if operation.inputs[1 - i] is x:
-        return _transposed_jacobian(operation, i, form, y)
-    other = tf.cast(operation.inputs[1 - i], tf.float32)
-    if operation.type == "RealDiv":
-        if i == 1:
-            return _transposed_jacobian(operation, i, form, y)
-        other = 1.0 / other
-    if not isinstance(form, Full) and x.shape.is_fully_defined() and x.shape == y.shape:
-        size = math.prod(other.shape) if other.shape.is_fully_defined() else None
-        if size == 1:
-            return _scaled(form, tf.reshape(other, []))
-        right_width = form.rows.shape[-1] if isinstance(form, Rows) else None
-        if isinstance(form, Outer):
-            right_width = form.right.shape[-1]
-            leading = int(x.shape[0])
-            if other.shape[:1] == [leading] == [form.left.shape[-1]] and size == leading:
-                return Outer(form.left * tf.reshape(other, [-1]), form.right)
-        if size == right_width and other.shape[-1:] == [right_width] == x.shape[-1:]:
-            return _scaled(form, tf.reshape(other, [-1]))
-    if isinstance(form, Outer) and x.shape != y.shape and x.shape.is_fully_defined():
-        # The other operand is the matrix and this one scales its columns or all of it.
-        m, n = form.left.shape[-1], form.right.shape[-1]
-        if other.shape == y.shape and y.shape == [m, n]:
-            columns = tf.reduce_sum(tf.matmul(form.left, _tiled(other, form)) * form.right, axis=1)
-            if math.prod(x.shape) == n and x.shape[-1:] == [n]:
-                return Full(columns)
-            if math.prod(x.shape) == 1:
-                return Full(tf.reduce_sum(columns, axis=1, keepdims=True))
-    return _transposed_jacobian(operation, i, form, y)
-
-
-def _tiled(matrix: tf.Tensor, form: Outer) -> tf.Tensor:
-    return tf.broadcast_to(matrix, [form.left.shape[0] or tf.shape(form.left)[0], *matrix.shape])
-
-
-def _scaled(form: Form, factor: tf.Tensor) -> Form:
-    """The gradient times a number, or its last axis times a vector."""
-    match form:
-        case Full(value):
-            return Full(value * factor)
-        case Rows(ids, rows):
-            return Rows(ids, rows * factor)
-        case Outer(left, right):
-            return Outer(left, right * factor)
-        case Windowed(x, right, window):
-            return Windowed(x, right * factor, window)
-    return forms.Sum(tuple(_scaled(part, factor) for part in form.parts))  # type: ignore[misc]
-
-
-@passage("Transpose")
-def _transposed(operation: tf.Operation, i: int, form: Form) -> Form:
-    """Factors change sides if the axes of one are all put before those of the other."""
-    x, y = operation.inputs[i], operation.outputs[0]
-    order = tf.get_static_value(operation.inputs[1])
-    if order is None:
-        return _transposed_jacobian(operation, i, form, y)
-    if isinstance(form, Outer) and y.shape.is_fully_defined():
-        rank = len(order)
-        for split in range(1, rank):
-            if math.prod(y.shape[:split]) == form.left.shape[-1]:
-                left, right = list(order[:split]), list(order[split:])
-                if left == sorted(left) and right == sorted(right):
-                    if max(left) < min(right):
-                        return form
-                    if max(right) < min(left):
-                        return Outer(form.right, form.left)
-    inverse = sorted(range(len(order)), key=lambda a: order[a])
-    value = tf.transpose(_written(form, y), [0, *(1 + a for a in inverse)])
-    return _full(value, x)
-
-
-@passage("MatMul")
-def _of_product(operation: tf.Operation, i: int, form: Form) -> Form:
-    """U = V W of weights, as low-rank factors are: G_V = G_U Wᵀ and G_W = Vᵀ G_U."""
-    turned = operation.get_attr("transpose_a") or operation.get_attr("transpose_b")
-    other = tf.cast(operation.inputs[1 - i], tf.float32)
-    if not turned and operation.inputs[0] is not operation.inputs[1]:
-        match form:
-            case Outer(left, right) if right.shape[-1] == operation.outputs[0].shape[-1]:
-                if i == 0:
-                    return Outer(left, tf.tensordot(right, other, [[-1], [1]]))
-                return Outer(tf.tensordot(left, other, [[-1], [0]]), right)
-            case Rows(ids, rows):
-                if i == 0:
-                    return Rows(ids, tf.tensordot(rows, other, [[-1], [1]]))
-                return Outer(tf.gather(other, ids), rows)
-    return _transposed_jacobian(operation, i, form, operation.outputs[0])
-
-
-@passage("GatherV2")
-def _looked_up(operation: tf.Operation, i: int, form: Form) -> Form:
-    """Rows of a table that all examples look up, as positions are."""
-    x, y = operation.inputs[i], operation.outputs[0]
-    axis = tf.get_static_value(operation.inputs[2])
-    if axis != 0 or operation.get_attr("batch_dims") or not isinstance(form, Full):
-        return _transposed_jacobian(operation, i, form, y)
-    value = _written(form, y)
-    ids = tf.reshape(operation.inputs[1], [1, -1])
-    batch = value.shape[0]
-    width = math.prod(x.shape[1:])
-    return Rows(tf.repeat(ids, batch, axis=0), tf.reshape(value, [batch, -1, width]))
-
-
-@passage("StridedSlice", "Slice")
-def _sliced(operation: tf.Operation, i: int, form: Form) -> Form:
-    """A slice of whole rows from the first on, as of position embeddings; else by its gradient."""
-    x, y = operation.inputs[i], operation.outputs[0]
-    value = _written(form, y)
-    if x.shape.is_fully_defined() and x.shape.rank == y.shape.rank:
-        first = _first_of_slice(operation)
-        if first is not None:
-            sizes = [y.shape[a] or tf.shape(y)[a] for a in range(x.shape.rank)]
-            after = [x.shape[a] - first[a] - sizes[a] for a in range(x.shape.rank)]
-            pads = [[0, 0], *([first[a], after[a]] for a in range(x.shape.rank))]
-            value = tf.pad(value, pads)
-            return _full(tf.ensure_shape(value, [value.shape[0], *x.shape]), x)
-    return _transposed_jacobian(operation, i, Full(tf.reshape(value, [value.shape[0], -1])), y)
-
-
-def _first_of_slice(operation: tf.Operation) -> list[int] | None:
-    """Where a slice begins along each axis, if it takes what follows without gaps."""
-    rank = operation.inputs[0].shape.rank
-    begin = tf.get_static_value(operation.inputs[1])
-    if begin is None:
-        return None
-    if operation.type == "Slice":
-        return [int(b) for b in begin]
-    strides = tf.get_static_value(operation.inputs[3])
-    masks = ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
-    if strides is None or any(s != 1 for s in strides):
-        return None
-    if any(operation.get_attr(mask) for mask in masks):
-        return None
-    shape = operation.inputs[0].shape
-    first = []
-    for axis in range(rank):
-        if axis >= len(begin) or operation.get_attr("begin_mask") >> axis & 1:
-            first.append(0)
-        else:
-            b = int(begin[axis])
-            first.append(b + int(shape[axis]) if b < 0 else b)
-    return first
-
-
-# --- what mixes weights with examples --------------------------------------------------------
 
 
 @use("AddV2", "Add", "Sub", "BiasAdd", "BroadcastTo", "Mul")
@@ -569,7 +231,7 @@ def _unbroadcast(gradient: tf.Tensor, x: tf.Tensor, y: tf.Tensor, batch: Batch) 
         gradient = tf.reduce_sum(apart, axis=[0, 2])
     else:
         gradient = tf.ensure_shape(gradient, [batch.size, *gradient.shape[1:]])
-    return _full(gradient, x)
+    return flattened(gradient, x)
 
 
 def _count(layout: Layout) -> int:
@@ -599,7 +261,7 @@ def _repeated(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Fo
     g = tf.reshape(tf.cast(g, tf.float32), apart)
     g = tf.reduce_sum(g, axis=[2 * a for a in range(y.shape.rank) if a != layout.axis])
     g = tf.transpose(g, [layout.axis, *(a for a in range(g.shape.rank) if a != layout.axis)])
-    return _full(g, x)
+    return flattened(g, x)
 
 
 @use("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum")
@@ -773,7 +435,7 @@ def _convolution(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) ->
         left = tf.reshape(patches, [batch.size, -1, patches.shape[-1]])
         return Outer(left, tf.reshape(g, [batch.size, -1, g.shape[-1]]))
     found = forms.grouped(x, _flat(g, batch.size * entries), window, groups)
-    return _full(_summed(found, entries), w)
+    return flattened(_summed(found, entries), w)
 
 
 @use("Conv2DBackpropInput", "Conv2DBackpropInputV2", "Conv3DBackpropInputV2")
@@ -799,7 +461,7 @@ def _depthwise(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> F
     x, g = (_flattened(tf.cast(y, tf.float32), layout, batch) for y in (x, g))
     entries = layout.positions * layout.before
     found = forms.depthwise(x, _flat(g, batch.size * entries), window, int(w.shape[3]))
-    return _full(_summed(found, entries), w)
+    return flattened(_summed(found, entries), w)
 
 
 def _windowed(operation: tf.Operation, x: tf.Tensor, w: tf.Tensor) -> tuple[tf.Tensor, Window]:
@@ -838,98 +500,3 @@ def _summed(x: tf.Tensor, entries: int) -> tf.Tensor:
     if entries == 1:
         return x
     return tf.reduce_sum(tf.reshape(x, [-1, entries, *x.shape[1:]]), axis=1)
-
-
-class Shapes(Protocol):
-    """Shapes of tensors by name."""
-
-    def get(self, name: str) -> tf.TensorShape | None:
-        """The shape, or None if there is no tensor of this name."""
-
-
-class TwoTraces:
-    """Tells where tensors have the examples from a trace of the same model for another number.
-
-    A tensor of which an axis is a multiple of that number, a prime that nothing else in a model
-    is a multiple of, has the examples along that axis. The other trace's operations are found by
-    their names.
-
-    Args:
-      shapes: by name of a tensor of the other trace, its shape.
-      examples: how many examples the other trace was for.
-      dependent: names of the operations that depend on the examples, from `data_dependent`.
-    """
-
-    def __init__(self, shapes: Shapes, examples: int, dependent: set[str]):
-        self._shapes = shapes
-        self._examples = examples
-        self._dependent = dependent
-
-    def shared(self, x: tf.Tensor) -> bool:
-        if x.op.name in self._dependent:
-            return False
-        shape = self._shapes.get(x.name)
-        if shape is None or shape.rank is None:
-            return False
-        return not any(n and n % self._examples == 0 for n in shape)
-
-    def layout(self, x: tf.Tensor) -> Layout | None:
-        shape = self._shapes.get(x.name)
-        if shape is None or shape.rank is None:
-            return None
-        axes = [a for a, n in enumerate(shape) if n and n % self._examples == 0]
-        if len(axes) != 1:
-            return None
-        if shape[axes[0]] == self._examples:
-            return Layout(axes[0], 1)
-        return self._order(x, axes[0], int(shape[axes[0]]))
-
-    def _axis(self, x: tf.Tensor) -> int | None:
-        """The axis along which a tensor has the examples, if it is one."""
-        shape = self._shapes.get(x.name)
-        if shape is None or shape.rank is None or x.op.name not in self._dependent:
-            return None
-        axes = [a for a, n in enumerate(shape) if n and n % self._examples == 0]
-        return axes[0] if len(axes) == 1 else None
-
-    def _order(self, x: tf.Tensor, axis: int, length: int) -> Layout | None:
-        """How the examples lie along an axis that has several entries of each.
-
-        Found back from the tensor to one that has them alone along an axis: only reshaping changes
-        how they lie, and of what it is given only how much comes before the examples matters.
-        """
-        reshaped: list[tuple[tf.TensorShape, int, tf.TensorShape, int]] = []
-        last = axis
-        for _ in range(500):
-            shape = self._shapes.get(x.name)
-            assert shape is not None
-            if shape[last] == self._examples:
-                break
-            inputs = [(y, self._axis(y)) for y in x.op.inputs]
-            before = [(y, a) for y, a in inputs if a is not None]
-            if x.op.type != "Reshape":
-                if x.op.type not in _ROWWISE:
-                    return None
-                before = [(y, a) for y, a in before if self._length(y, a) == shape[last]]
-            if not before:
-                return None
-            y, a = before[0]
-            if x.op.type == "Reshape":
-                reshaped.append((self._shapes.get(y.name), a, shape, last))
-            x, last = y, a
-        else:
-            return None
-        times = 1
-        for given, a, taken, b in reversed(reshaped):
-            if a == 0 and b == 0 and times == 1:
-                continue
-            if not (given[:a].is_fully_defined() and taken[:b].is_fully_defined()):
-                return None
-            times, rest = divmod(times * math.prod(given[:a]), math.prod(taken[:b]))
-            if rest or taken[b] % (times * self._examples):
-                return None
-        return Layout(axis, length // (times * self._examples), times)
-
-    def _length(self, x: tf.Tensor, axis: int) -> int | None:
-        shape = self._shapes.get(x.name)
-        return shape[axis] if shape is not None else None

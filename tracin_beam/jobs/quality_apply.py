@@ -19,7 +19,7 @@ from tracin_beam.storage import files, leases, runs, tables, verdicts
 from tracin_beam.storage.runs import Output, Shard
 
 if TYPE_CHECKING:
-    from tracin_beam.gradients.engine import BatchParser
+    from tracin_beam.gradients.batches import BatchParser
     from tracin_beam.stages.clean import Cleaning
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _cleaning(
 ) -> "Cleaning":
     task, task_source = load_task(files.home(config.task))
 
-    from tracin_beam.gradients.engine import BatchParser
+    from tracin_beam.gradients.batches import BatchParser
     from tracin_beam.stages.clean import Cleaning
 
     parser, feature = BatchParser(task), ""

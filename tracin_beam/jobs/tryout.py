@@ -17,7 +17,8 @@ from tracin_beam.storage import files
 from tracin_beam.storage.runs import CheckpointFile, Shard
 
 if TYPE_CHECKING:
-    from tracin_beam.gradients.engine import Batch, BatchParser, EngineConfig
+    from tracin_beam.gradients.batches import Batch, BatchParser
+    from tracin_beam.gradients.engine import EngineConfig
     from tracin_beam.stages.workers import EngineSource, Loaded
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def opened(config: Config, train: Sequence[Shard]) -> Opened:
     task, task_source = load_task(files.home(config.task))
 
     from tracin_beam.gradients import projections, quantities
-    from tracin_beam.gradients.engine import BatchParser, EngineConfig
+    from tracin_beam.gradients.batches import BatchParser
+    from tracin_beam.gradients.engine import EngineConfig
     from tracin_beam.jobs import fingerprints
     from tracin_beam.stages import workers
 

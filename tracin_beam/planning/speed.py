@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tracin_beam.gradients.engine import Batch
+from tracin_beam.gradients.batches import Batch
 from tracin_beam.planning import plan
 from tracin_beam.planning.sample import sample, usable
 from tracin_beam.stages import embed

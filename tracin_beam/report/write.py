@@ -15,7 +15,7 @@ from tracin_beam.storage import files, records, runs, tables
 from tracin_beam.storage.runs import Output
 
 if TYPE_CHECKING:
-    from tracin_beam.gradients.engine import Batch
+    from tracin_beam.gradients.batches import Batch
     from tracin_beam.stages.workers import Loaded
 
 _AT_ONCE = 256  # examples parsed together

@@ -30,7 +30,7 @@ import tensorflow as tf
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients import nests
-from tracin_beam.gradients.engine import Batch
+from tracin_beam.gradients.batches import Batch
 from tracin_beam.gradients.losses import per_example_loss
 from tracin_beam.inputs import batches
 from tracin_beam.inputs.task import Task, in_keras_thread

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from tracin_beam._version import __version__
 from tracin_beam.errors import InputError, reason
-from tracin_beam.gradients.engine import Batch, BatchParser
+from tracin_beam.gradients.batches import Batch, BatchParser
 from tracin_beam.inputs import formats
 from tracin_beam.inputs.task import Task, TaskSource
 from tracin_beam.stages.metrics import Counters, Tally

@@ -4,7 +4,8 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
-from tracin_beam.gradients.engine import Batch, BatchParser, Engine, EngineConfig
+from tracin_beam.gradients.batches import Batch, BatchParser
+from tracin_beam.gradients.engine import Engine, EngineConfig
 from tracin_beam.inputs.task import Task, TaskSource
 
 

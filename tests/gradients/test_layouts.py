@@ -1,0 +1,50 @@
+"""Models that move the examples about: where they lie is found."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from oracle import check_model
+
+L = keras.layers
+N = 6
+CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+rng = np.random.default_rng(0)
+VECTORS = rng.normal(size=(N, 5)).astype("float32")
+SEQUENCES = rng.normal(size=(N, 4, 5)).astype("float32")
+CLASSES = rng.integers(0, 3, N)
+
+
+def check(build, features=VECTORS, **options):
+    return check_model(build, features, CLASSES, CROSSENTROPY, **options)
+
+
+class Reshaping(keras.Model):
+    """Folds time into the batch, or puts it first."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.dense = L.Dense(6, "tanh")
+        self.top = L.Dense(3)
+
+    def call(self, x):
+        steps = x.shape[1]
+        match self.how:
+            case "static":
+                batch = x.shape[0] or tf.shape(x)[0]
+                x = tf.reshape(self.dense(tf.reshape(x, [batch * steps, 5])), [batch, steps, 6])
+            case "dynamic":
+                x = tf.reshape(self.dense(tf.reshape(x, [-1, 5])), [-1, steps, 6])
+            case "transposed":
+                x = tf.transpose(self.dense(tf.transpose(x, [1, 0, 2])), [1, 0, 2])
+            case "end to end":
+                x = tf.reshape(tf.transpose(x, [1, 0, 2]), [-1, 5])
+                x = tf.transpose(tf.reshape(self.dense(x), [steps, -1, 6]), [1, 0, 2])
+        return self.top(tf.reduce_mean(x, axis=1))
+
+
+@pytest.mark.parametrize("how", ["static", "dynamic", "transposed", "end to end"])
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_layers_that_do_not_see_the_batch_first(how, batch_size):
+    check(lambda: Reshaping(how), SEQUENCES, batch_size=batch_size)
