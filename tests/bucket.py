@@ -11,10 +11,17 @@ from tiny import Tiny
 NAME = "tracin-test"
 ROOT = f"gs://{NAME}"
 
-# For processes of their own. Beam looks for credentials with retries that take half a minute.
+# For processes of their own. Beam looks for credentials with retries that take half a minute. Each
+# of its many clients asks for the bucket's place, for spans that nobody traces.
 ANONYMOUS = """
 from apache_beam.internal.gcp import auth
 auth._Credentials._credentials_init = True
+try:
+    from google.cloud.storage._bucket_metadata_cache import BucketMetadataCache
+except ImportError:  # of an earlier version
+    pass
+else:
+    BucketMetadataCache.get_or_queue_fetch = lambda self, bucket_name: None
 """
 
 
@@ -24,6 +31,7 @@ def bucket():
     pytest.importorskip("google.cloud.storage", reason="needs apache-beam[gcp]")
     server = pytest.importorskip("gcp_storage_emulator.server", reason="needs the emulator")
     from apache_beam.internal.gcp import auth
+    from gcp_storage_emulator.storage import Storage
     from google.cloud import storage
 
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
@@ -32,6 +40,9 @@ def bucket():
         port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auth._Credentials, "_credentials_init", True)
+        exec(ANONYMOUS, {})
+        # What it knows of all objects, after each change, into its own memory.
+        patch.setattr(Storage, "_write_config_to_file", lambda self: None)
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         with server.create_server("127.0.0.1", port, in_memory=True, default_bucket=NAME):
             yield storage.Client.create_anonymous_client().bucket(NAME)
