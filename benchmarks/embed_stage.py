@@ -37,7 +37,6 @@ task = tracin_beam.Task(
 )
 """
 EXAMPLES = {"mlp": 60_000, "resnet20": 20_480, "transformer": 2_048}
-NORMS = {"mlp": "exact", "resnet20": "sketched", "transformer": "sketched"}
 
 
 def main() -> None:
@@ -46,20 +45,18 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, default=sibling)
     parser.add_argument("--model", nargs="+", default=list(EXAMPLES), choices=list(EXAMPLES))
     parser.add_argument("--examples", type=int, help="of each model, repeated where data ends")
-    parser.add_argument("--norms", choices=["exact", "sketched"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--flags", default="", help="more flags for the job")
     arguments = parser.parse_args()
-    print("| model | examples | norms | what | seconds | ratio to bare pass | examples/s |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | examples | what | seconds | ratio to bare pass | examples/s |")
+    print("|---|---|---|---|---|---|")
     for name in arguments.model:
         examples = arguments.examples or EXAMPLES[name]
-        norms = arguments.norms or NORMS[name]
-        flags = [f"--norms={norms}", *arguments.flags.split()]
+        flags = arguments.flags.split()
         taken = measure(name, arguments.data, examples, arguments.repeats, flags)
         for what, seconds in taken.items():
             print(
-                f"| {name} | {examples:,} | {norms} | {what} | {seconds:.2f} | "
+                f"| {name} | {examples:,} | {what} | {seconds:.2f} | "
                 f"{seconds / taken['bare pass']:.2f} | {examples / seconds:,.0f} |",
                 flush=True,
             )
