@@ -1,6 +1,6 @@
 """What the whole embed stage costs on this machine, against the bare pass over the same examples.
 
-    python embed_stage.py [--model mlp resnet20 transformer] [--runner_flags '--runner=…']
+    python embed_stage.py [--model mlp resnet20 transformer] [--flags '--runner=…']
 
 Shards are read and parsed, gradients computed and projected, and embeddings written, at one
 checkpoint, on the runner that the launchers take by default. "Stage" is the Beam pipeline, "job"
