@@ -151,11 +151,11 @@ def random(data: pathlib.Path) -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        prepare(folder, NAME, examples, 100)
+        prepare(folder, NAME, examples, 100, compared=False)
         trained = {way: scores(folder, way, 1.0, *sizes)[0].sum(axis=2) for way in WAYS}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        prepare(folder, NAME, examples, 101)
+        prepare(folder, NAME, examples, 101, compared=False)
         again = {way: scores(folder, way, 1.0, *sizes)[0].sum(axis=2) for way in WAYS}
         trainer = Trainer(PROBLEMS[NAME], *examples[:2])
         next(trainer.train(np.arange(1), 102))
@@ -210,7 +210,7 @@ def checkpoints(data: pathlib.Path) -> None:
     counts = (1, 2, 3, 5, 8, problem.epochs)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        prepare(folder, NAME, examples, 0, problem.epochs)
+        prepare(folder, NAME, examples, 0, problem.epochs, compared=False)
         for way in WAYS:
             terms = scores(folder, way, 1.0, *sizes)[0]
             own = rows.setdefault(f"`{way}`", [])

@@ -36,9 +36,18 @@ WAYS = ("none", "projected", "kfac")
 
 
 def prepare(
-    folder: pathlib.Path, name: str, examples: Examples, seed: int, checkpoints: int = 5
+    folder: pathlib.Path,
+    name: str,
+    examples: Examples,
+    seed: int,
+    checkpoints: int = 5,
+    compared: bool = True,
 ) -> list[Network]:
-    """Shards, a task file, and the checkpoints of one training on all examples, which it gives."""
+    """Shards, a task file, and the checkpoints of one training on all examples.
+
+    Returns:
+      What other methods take of each checkpoint, if they are to be compared.
+    """
     problem = PROBLEMS[name]
     x, y, x_test, y_test = examples
     for side, (features, labels) in {"train": (x, y), "test": (x_test, y_test)}.items():
@@ -55,7 +64,8 @@ def prepare(
         path = f"{epoch:04d}.weights.h5"
         trainer.model.save_weights(folder / "checkpoints" / path)
         listing.append({"path": path, "step": epoch, "epoch": epoch, "learning_rate": rate})
-        kept.append(Network.of(trainer.model, examples, epoch == problem.epochs))
+        if compared:
+            kept.append(Network.of(trainer.model, examples, epoch == problem.epochs))
     (folder / "checkpoints" / "checkpoints.json").write_text(json.dumps(listing))
     return kept
 
