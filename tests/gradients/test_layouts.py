@@ -48,3 +48,27 @@ class Reshaping(keras.Model):
 @pytest.mark.parametrize("batch_size", [3, 4])
 def test_layers_that_do_not_see_the_batch_first(how, batch_size):
     check(lambda: Reshaping(how), SEQUENCES, batch_size=batch_size)
+
+
+class Repeating(keras.Model):
+    """Takes each example several times, next to one another or all of them again and again."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.dense = L.Dense(6, "tanh")
+        self.offsets = self.add_weight(shape=(3, 5), name="offsets")
+        self.top = L.Dense(3)
+
+    def call(self, x):
+        count = tf.shape(x)[0]
+        if self.how == "next":
+            many = tf.repeat(x, 3, axis=0) + tf.tile(self.offsets.value, [count, 1])
+            return self.top(tf.reduce_mean(tf.reshape(self.dense(many), [count, 3, 6]), 1))
+        many = tf.tile(x, [3, 1]) + tf.repeat(self.offsets.value, count, axis=0)
+        return self.top(tf.reduce_mean(tf.reshape(self.dense(many), [3, count, 6]), 0))
+
+
+@pytest.mark.parametrize("how", ["next", "again"])
+def test_examples_taken_several_times(how):
+    check(lambda: Repeating(how), VECTORS)

@@ -177,6 +177,26 @@ class Experts(keras.Model):
         return self.top(tf.einsum("bk,bi,bkio->bo", share, x, matrices))
 
 
+class Fields(keras.Model):
+    """A table for each field, looked up by field and value; makes a layer in its call."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = self.add_weight(shape=(4, 11, 3), name="tables")
+        self.scales = self.add_weight(shape=(11, 2), name="scales")
+        self.top = L.Dense(3)
+
+    def call(self, ids):
+        fields = tf.broadcast_to(tf.range(4), tf.shape(ids))
+        rows = tf.gather_nd(self.tables.value, tf.stack([fields, tf.cast(ids, tf.int32)], -1))
+        scales = tf.gather_nd(self.scales.value, ids[:, :, None])
+        return self.top(L.Flatten()(rows)) * tf.reduce_sum(scales, axis=[1, 2])[:, None]
+
+
+def test_look_up_by_several_indices():
+    check_model(Fields, IDS, CLASSES, CROSSENTROPY)
+
+
 def test_look_up_of_matrices():
     check_model(Experts, VECTORS, CLASSES, CROSSENTROPY)
     engine, batch = engine_of(

@@ -128,20 +128,28 @@ class TwoTraces:
     def _order(self, x: tf.Tensor, axis: int, length: int) -> Layout | None:
         """How the examples lie along an axis that has several entries of each.
 
-        Found back from the tensor to one that has them alone along an axis: only reshaping changes
-        how they lie, and of what it is given only how much comes before the examples matters.
+        Found back from the tensor to one that has them alone along an axis: only reshaping and
+        repeating change how they lie, and of what a reshaping is given only how much comes before
+        the examples matters.
         """
         reshaped: list[tuple[tf.TensorShape, int, tf.TensorShape, int]] = []
-        last = axis
+        last, times = axis, 1
         for _ in range(500):
             shape = self._shapes.get(x.name)
             assert shape is not None
             if shape[last] == self._examples:
                 break
+            if x.op.type == "Tile" and self._length(x.op.inputs[0], last) != shape[last]:
+                # All examples again and again; or something else once for each of them.
+                if self._axis(x.op.inputs[0]) is not None:
+                    if self._length(x.op.inputs[0], last) != self._examples:
+                        return None
+                    times = shape[last] // self._examples
+                break
             inputs = [(y, self._axis(y)) for y in x.op.inputs]
             before = [(y, a) for y, a in inputs if a is not None]
             if x.op.type != "Reshape":
-                if x.op.type not in _ROWWISE:
+                if x.op.type not in _ROWWISE and x.op.type != "Tile":
                     return None
                 before = [(y, a) for y, a in before if self._length(y, a) == shape[last]]
             if not before:
@@ -152,7 +160,6 @@ class TwoTraces:
             x, last = y, a
         else:
             return None
-        times = 1
         for given, a, taken, b in reversed(reshaped):
             if a == 0 and b == 0 and times == 1:
                 continue

@@ -6,6 +6,7 @@ a time. Within a call that takes its layer's rule the layer's weights are tensor
 own, so that what else is done with a weight is seen: in the graph, that is all that is left.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -14,10 +15,14 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from tracin_beam.gradients import loops, nests, recurrent
 from tracin_beam.gradients.rules import Rule, rule_for
+
+# Where Keras counts how many layers of a type it has named.
+_NAMES = "object_name_uids"
 
 # (features, label, sample_weight) -> [B] quantities to be differentiated, and anything else.
 Forward = Callable[[Any, Any, Any], tuple[tf.Tensor, Any]]
@@ -206,9 +211,20 @@ def record(
         flat = [tf.identity(x, name="part") for x in flat]
     recording = Recording(tf.compat.v1.get_default_graph(), size, leads, value_of, flat)
     mapping = [(v, value_of[id(v)]) for v in model.variables]
-    with keras.StatelessScope(mapping), _recording(model, recording):
+    with _same_names(), keras.StatelessScope(mapping), _recording(model, recording):
         recording.quantity, recording.auxiliary = forward(*nests.repack(structure, flat))
     return recording
+
+
+@contextlib.contextmanager
+def _same_names() -> Iterator[None]:
+    """Layers that a call makes, as `Flatten()(x)` does, have the same names in every trace."""
+    kept = global_state.get_global_attribute(_NAMES)
+    global_state.set_global_attribute(_NAMES, collections.defaultdict(int))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_NAMES, kept)
 
 
 @contextlib.contextmanager

@@ -242,16 +242,14 @@ def _count(layout: Layout) -> int:
 def _repeated(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
     x, y = operation.inputs[i], operation.outputs[0]
     layout = batch.layout(y)
-    if layout is None or (layout.positions, layout.before) != (1, 1):
+    if layout is None or layout.before != 1 or not x.shape.is_fully_defined():
         raise Unknown("Tile")
-    if not x.shape.is_fully_defined():
-        raise Unknown("Tile")
-    if x.shape[layout.axis] != 1:
+    if x.shape[layout.axis] != layout.positions:
         raise Unknown("Tile")
     # Each axis as (repetitions, its own length).
     apart: list[Any] = []
     for axis, length in enumerate(x.shape):
-        apart += [batch.size, 1] if axis == layout.axis else [-1, length]
+        apart += [batch.size if axis == layout.axis else -1, length]
     unknown = [axis for axis in range(y.shape.rank) if y.shape[axis] is None]
     if len(unknown) > 1:
         raise Unknown("Tile")
@@ -413,6 +411,28 @@ def _lookup(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form
         ids = tf.cast(ids, tf.int32)
     rows = tf.reshape(tf.cast(g, tf.float32), [batch.size, count, width])
     return Rows(tf.reshape(ids, [batch.size, count]), rows)
+
+
+@use("GatherNd")
+def _looked_up_at(operation: tf.Operation, i: int, g: tf.Tensor, batch: Batch) -> Form:
+    """A look-up by several indices is one in a table of the axes that they take together."""
+    w, ids = operation.inputs
+    of_ids = batch.layout(ids)
+    if i != 0 or of_ids != Layout(0, 1) or batch.layout(operation.outputs[0]) != of_ids:
+        raise Unknown("GatherNd")
+    depth = ids.shape[-1]
+    if not depth or not w.shape.is_fully_defined():
+        raise Unknown("GatherNd")
+    steps = [math.prod(w.shape[a + 1 : depth]) for a in range(depth)]
+    flat = tf.reduce_sum(ids * tf.constant(steps, ids.dtype), axis=-1)
+    count = math.prod(flat.shape[1:]) if flat.shape[1:].is_fully_defined() else -1
+    width = math.prod(w.shape[depth:])
+    rows = tf.reshape(tf.cast(g, tf.float32), [batch.size, count, width])
+    form = Rows(tf.reshape(flat, [batch.size, count]), rows)
+    if depth == 1:
+        return form
+    # Rows are of the first axis alone.
+    return flattened(forms.materialise(form, [math.prod(w.shape[:depth]), width]), w)
 
 
 @use("Conv2D", "Conv3D")
