@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from tracin_beam.errors import InputError
-from tracin_beam.stages.batching import ahead, mapped, without_failing
+from tracin_beam.stages.batching import ahead, without_failing
 
 
 def attempt_of(items, bad=(), shapes=None):
@@ -65,21 +65,3 @@ def test_items_are_made_ahead_in_another_thread():
         assert len(made) <= i + 3
     assert found == list(range(10))
     assert {thread for _, thread in made} != {threading.get_ident()}
-
-
-def test_a_function_of_items_is_computed_for_some_at_a_time():
-    both = threading.Barrier(2, timeout=60)
-
-    def function(i):
-        both.wait()  # for another that is computed at the same time
-        return -i
-
-    found = mapped(function, iter(range(10)), 2)
-    assert list(found) == [-i for i in range(10)]
-
-
-def test_an_error_of_one_of_the_items_is_raised_at_its_place():
-    found = mapped(lambda i: 1 // (3 - i), iter(range(10)), 2)
-    assert [next(found) for _ in range(3)] == [0, 0, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(found)

@@ -261,22 +261,8 @@ class Engine:
             seconds.append(min(taken))
         return seconds[0] / seconds[1]
 
-    @property
-    def batches_at_once(self) -> int:
-        """Batches to compute at the same time: two where both fit into what one may take.
-
-        The operations of a small model leave a processor without work now and then.
-        """
-        return 2 if 2 * self.batch_size * self._bytes <= _BATCH_BYTES else 1
-
     def _fitting(self) -> int:
         """A batch size at which a batch's numbers fit into _BATCH_BYTES."""
-        fitting = _BATCH_BYTES // self._bytes
-        return min(256 if self.general else 512, max(1, 1 << fitting.bit_length() >> 1))
-
-    @functools.cached_property
-    def _bytes(self) -> int:
-        """What an example takes, of _BATCH_BYTES."""
         _, found = self._found
         bodies = self._bodies
         written = [self.weights[i].size for i in found.general]
@@ -289,7 +275,9 @@ class Engine:
             for form in bodies.dots.values()
         )
         # Outputs are kept for the backward pass, which has as many gradients on the way.
-        return 4 * (2 * found.outputs + max(projected, kept))
+        numbers = 2 * found.outputs + max(projected, kept)
+        fitting = _BATCH_BYTES // (4 * numbers)
+        return min(256 if written else 512, max(1, 1 << fitting.bit_length() >> 1))
 
     def values(self, path: str) -> list[tf.Tensor]:
         """The weights in a checkpoint file, in the order of `model.variables`.

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from tracin_beam.errors import InputError, reason
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -24,21 +23,6 @@ def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
                 yield item
         finally:
             maker.shutdown(cancel_futures=True)
-
-
-def mapped(function: Callable[[T], S], items: Iterable[T], threads: int) -> Iterator[S]:
-    """A function of the items, in their order, computed for so many of them at a time."""
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        coming: collections.deque[concurrent.futures.Future[S]] = collections.deque()
-        try:
-            for item in items:
-                coming.append(pool.submit(function, item))
-                if len(coming) > threads:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def without_failing(

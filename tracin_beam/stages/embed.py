@@ -13,7 +13,7 @@ import numpy as np
 from tracin_beam.errors import InputError
 from tracin_beam.inputs import formats
 from tracin_beam.stages import progress
-from tracin_beam.stages.batching import ahead, mapped, without_failing
+from tracin_beam.stages.batching import ahead, without_failing
 from tracin_beam.stages.metrics import Counters, Tally, timed
 from tracin_beam.stages.workers import EngineSource, Loaded
 from tracin_beam.storage import embeddings, files, marks, records, runs, tables
@@ -55,21 +55,14 @@ def embed_records(
       The rows of the records that could be used, or None, and (position, reason) of the others.
     """
     tally = tally or Tally()
-
-    def embedded(
-        parsed: tuple[Any, list[int], list[tuple[int, str]]],
-    ) -> tuple[Embeddings | None, list[tuple[int, str]]]:
-        batch, kept, rejected = parsed
-        if batch is None:
-            return None, sorted(rejected)
-        tally.add("batches")
-        with tally.timed("compute"):
-            rows, refused = _embed_batch(loaded, checkpoint, target, shard_name, batch, kept)
-        refused = [(place, f"{why} at step {checkpoint.step}") for place, why in refused]
-        return rows, sorted(rejected + refused)
-
-    parsed = ahead(timed(_parsed(loaded, source, tally), tally, "read"))
-    yield from mapped(embedded, parsed, loaded.engine.batches_at_once)
+    for batch, kept, rejected in ahead(timed(_parsed(loaded, source, tally), tally, "read")):
+        rows = None
+        if batch is not None:
+            tally.add("batches")
+            with tally.timed("compute"):
+                rows, refused = _embed_batch(loaded, checkpoint, target, shard_name, batch, kept)
+            rejected += [(place, f"{why} at step {checkpoint.step}") for place, why in refused]
+        yield rows, sorted(rejected)
 
 
 def _parsed(
