@@ -49,9 +49,9 @@ def argmax(output):
 def test_images(tmp_path, launch, shared_data):
     keras.utils.set_random_seed(SEED)
     with np.load(shared_data("fashion_mnist.npz")) as data:
-        images, labels = data["x_train"][:2400], data["y_train"][:2400]
+        images, labels = data["x_train"][:1200], data["y_train"][:1200]
         test_images, test_labels = data["x_test"][:30], data["y_test"][:30]
-    ids = [f"train {i}" for i in range(2400)]
+    ids = [f"train {i}" for i in range(1200)]
     test_ids = [f"test {i}" for i in range(30)]
 
     def write(pattern, part, **how):
@@ -59,8 +59,8 @@ def test_images(tmp_path, launch, shared_data):
         parser = tracin_beam.write_shards(fields, str(tmp_path / pattern), **how)
         assert parser == fashion_mnist.read
 
-    write("a-*.tfrecord", slice(0, 700), shards=1, compression="gzip")
-    write("b-*.tfrecord", slice(700, 2400), shards=3)
+    write("a-*.tfrecord", slice(0, 350), shards=1, compression="gzip")
+    write("b-*.tfrecord", slice(350, 1200), shards=3)
     tracin_beam.write_shards(
         {"features": test_images, "label": test_labels, "id": test_ids},
         str(tmp_path / "test-*.tfrecord.gz"),
@@ -72,7 +72,7 @@ def test_images(tmp_path, launch, shared_data):
     model.fit(
         fashion_mnist.prepare(images),
         labels,
-        batch_size=32,
+        batch_size=16,
         epochs=3,
         verbose=0,
         callbacks=[tracin_beam.TracInCheckpoint(str(tmp_path / "ckpts"))],
@@ -102,14 +102,14 @@ def test_regression(tmp_path, launch, shared_data):
     frame = pd.read_csv(shared_data("california_housing.csv.gz"))
     assert frame.total_bedrooms.isna().any()
     frame = frame.fillna({"total_bedrooms": frame.total_bedrooms.median()})
-    frame = frame.sample(2100, random_state=SEED)
+    frame = frame.sample(1100, random_state=SEED)
     label = (frame.pop("median_house_value") / 1e5).to_numpy(np.float32)
     weight = (0.5 + frame.households.rank(pct=True)).to_numpy(np.float32)
     places = ["<1H OCEAN", "INLAND", "ISLAND", "NEAR BAY", "NEAR OCEAN"]
     frame["ocean_proximity"] = pd.Categorical(frame.ocean_proximity, places)
     frame = pd.get_dummies(frame, dtype=float)
     features = ((frame - frame.mean()) / (frame.std() + 1e-6)).to_numpy()
-    train, test = slice(0, 2000), slice(2000, 2100, 4)
+    train, test = slice(0, 1000), slice(1000, 1100, 4)
     for name, part, shards in (("train", train, 3), ("test", test, 1)):
         parser = tracin_beam.write_shards(
             (features[part], label[part], weight[part]),
@@ -124,7 +124,7 @@ def test_regression(tmp_path, launch, shared_data):
         features[train],
         label[train],
         sample_weight=weight[train],
-        batch_size=32,
+        batch_size=16,
         epochs=2,
         verbose=0,
         callbacks=[tracin_beam.TracInCheckpoint(str(tmp_path / "ckpts"), save_freq=50)],
@@ -151,7 +151,7 @@ def test_regression(tmp_path, launch, shared_data):
 def test_text(tmp_path, launch, shared_data):
     keras.utils.set_random_seed(SEED)
     frame = pd.read_parquet(shared_data("ag_news_partial.parquet"))
-    frame = frame.sample(1520, random_state=SEED)
+    frame = frame.sample(770, random_state=SEED)
     label = frame.label.to_numpy(np.int64)
     label -= label.min()
     text = frame.text.tolist()
@@ -166,17 +166,17 @@ def test_text(tmp_path, launch, shared_data):
                 example = tf.train.Example(features=tf.train.Features(feature=feature))
                 writer.write(example.SerializeToString())
 
-    write("train.0", slice(0, 800))
-    write("train.1", slice(800, 810))
-    write("train.2", slice(810, 1500))
-    write("test", slice(1500, 1520))
+    write("train.0", slice(0, 400))
+    write("train.1", slice(400, 410))
+    write("train.2", slice(410, 750))
+    write("test", slice(750, 770))
     tokens = ag_news.tokenize(tf.constant(text)).numpy()
     model = ag_news.build_model()
     model.compile(keras.optimizers.Adam(5e-3), ag_news.task.loss)
     model.fit(
-        tokens[:1500],
-        label[:1500],
-        batch_size=32,
+        tokens[:750],
+        label[:750],
+        batch_size=16,
         epochs=2,
         verbose=0,
         callbacks=[tracin_beam.TracInCheckpoint(str(tmp_path / "ckpts"))],
@@ -186,8 +186,8 @@ def test_text(tmp_path, launch, shared_data):
     truth = bf.brute_force(
         ag_news.build_model(),
         bf.keras_loss(keras.losses.SparseCategoricalCrossentropy()),
-        bf.Examples(tokens[:1500], label[:1500], bf.places(train)),
-        bf.Examples(tokens[1500:], label[1500:], bf.places(test)),
+        bf.Examples(tokens[:750], label[:750], bf.places(train)),
+        bf.Examples(tokens[750:], label[750:], bf.places(test)),
         bf.listed_checkpoints(tmp_path / "ckpts"),
     )
     check_both(tmp_path, truth, argmax)
