@@ -55,13 +55,8 @@ def tables(out):
 
 
 def embeddings(out):
-    """The bytes of every embedding file and its mark, by path."""
-    folder = out / "embeddings"
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("[!.]*")
-        if path.is_file()
-    }
+    """The bytes of every embedding file and its mark, by path, as of `tiny.whole`."""
+    return t.whole(out / "embeddings")
 
 
 def same(found, expected, where):
