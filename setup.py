@@ -38,6 +38,7 @@ setup(
         "dataframe": ["pandas"],
         "benchmarks": ["cleanlab", "pandas", "scikit-learn"],
         "examples": ["scikit-learn"],
+        "zoo": ["keras-hub", "tensorflow-text~=2.20.1"],  # of the TensorFlow that ScaNN wants
         "test": [
             "apache-beam[gcp]",
             "dockerfile-parse",

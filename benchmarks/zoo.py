@@ -13,10 +13,7 @@ A row for each model, built in place with random weights and measured in a proce
     GB          peak resident memory while embedding, over what was there before the engine
     first, s    from a model to the first embeddings: tracing and all
 
-KerasHub's backbones are measured where `keras-hub` is installed. It asks for a tensorflow-text
-that wants a newer TensorFlow than ScaNN does, and needs none of it here:
-
-    pip install --no-deps keras-hub kagglehub kagglesdk regex sentencepiece tokenizers
+KerasHub's backbones are measured where `keras-hub` is installed: pip install 'tracin-beam[zoo]'.
 """
 
 import argparse
