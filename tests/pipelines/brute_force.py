@@ -252,9 +252,14 @@ def read_embeddings(out, name, step, shard_name):
     spec["squared_norm"] = tf.io.FixedLenFeature([], tf.float32)
     spec["position"] = tf.io.FixedLenFeature([], tf.int64)
     spec["id"] = spec["embedding"] = tf.io.FixedLenFeature([], tf.string)
+    spec["scale"] = tf.io.FixedLenFeature([], tf.float32, default_value=-1.0)  # of int8 alone
     parsed = tf.io.parse_example(list(tf.data.TFRecordDataset(path)), spec)
-    vectors = tf.io.decode_raw(parsed.pop("embedding"), tf.float32)
-    return {**{k: v.numpy() for k, v in parsed.items()}, "embedding": vectors.numpy()}
+    stored, scale = parsed.pop("embedding"), parsed.pop("scale").numpy()[:, None]
+    if np.all(scale < 0):
+        vectors = tf.io.decode_raw(stored, tf.float32).numpy()
+    else:
+        vectors = tf.io.decode_raw(stored, tf.int8).numpy() * scale
+    return {**{k: v.numpy() for k, v in parsed.items()}, "embedding": vectors}
 
 
 def estimated_products(out, test_name, truth, steps):
