@@ -261,9 +261,10 @@ SIDES: Mapping[str, Measure] = {"night": night_measured, "cleanlab": cleanlab_me
 
 
 def mean_of(values: Sequence[float]) -> str:
-    """Mean and standard error."""
-    spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return f"{np.mean(values):.3f} ± {spread:.3f}"
+    """Mean, and the standard error if there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}"
 
 
 def both(results: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
