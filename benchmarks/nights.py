@@ -118,9 +118,11 @@ def arrived(
     """What is kept of a shard, and the ids of its suspects."""
     m, logs = mixed(of, rows, given, whole), of.logs[rows]
     signals = table(m, logs, given, name, cohort)
-    kept = nights.surprises(nights.surprise(logs, m, cohort), given)
+    kept = nights.kept_surprises(logs, m, cohort, given)
     wrong = np.flatnonzero(signals["best_other_ratio"].to_numpy() > 1)
-    return {**nights.summary(signals, True, name), **kept}, [f"{name}#{i}" for i in wrong]
+    return {**nights.summary(signals, True, name), **kept, "model": "one"}, [
+        f"{name}#{i}" for i in wrong
+    ]
 
 
 def suspects_of(ids: dict[str, list[str]], labels: dict, date: dict[str, str]) -> pa.Table:
@@ -139,8 +141,10 @@ def suspects_of(ids: dict[str, list[str]], labels: dict, date: dict[str, str]) -
     )
 
 
-def simulate(of: Described, size: int, seed: int, told: bool) -> tuple[list[bool], list[bool]]:
-    """Nights with an alarm, and nights on which the bad shard was seen."""
+def simulate(
+    of: Described, size: int, seed: int, told: bool, each: int = 2
+) -> tuple[list[bool], list[bool]]:
+    """Nights with an alarm, and nights on which the bad shard was seen; so many come each night."""
     rng = np.random.default_rng(seed)
     order = TRAINED + rng.permutation(len(of.y) - TRAINED)
     conditions = gates.parse_all(None, ())
@@ -155,10 +159,10 @@ def simulate(of: Described, size: int, seed: int, told: bool) -> tuple[list[bool
     history.append(made)
     cohort = "new" if told else "unknown"
     false_alarms, seen = [], []
-    for night in range(1, _nights(size) + 1):
+    for night in range(1, _nights(size, each) + 1):
         today = f"{night:02d}"
-        names = [f"{today}-{k}" for k in range(2)]
-        rows = {n: order[(2 * night - 2 + k) * size :][:size] for k, n in enumerate(names)}
+        names = [f"{today}-{k}" for k in range(each)]
+        rows = {n: order[(each * (night - 1) + k) * size :][:size] for k, n in enumerate(names)}
         for bad in (True, False):
             given = {name: of.y[rows[name]].copy() for name in names}
             if bad:
@@ -208,9 +212,9 @@ def power(of: Described, base: float, more: float, draws: int = 200, size: int =
     return seen / draws
 
 
-def _nights(size: int) -> int:
-    """Nights on which two shards can arrive."""
-    return min(30, 60_000 // (2 * size))
+def _nights(size: int, each: int) -> int:
+    """Nights on which so many shards can arrive."""
+    return min(30, 60_000 // (each * size))
 
 
 def main() -> None:

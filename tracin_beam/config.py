@@ -412,6 +412,13 @@ class Config:
         choices=("distance", "direction"),
         jobs=("cluster",),
     )
+    features: str = _flag(
+        "gradient",
+        "What labels are judged by: the projected gradient of the sum of the outputs, or the "
+        "pooled inputs of the last layers, at the price of a forward pass.",
+        choices=("gradient", "inputs"),
+        jobs=("quality",),
+    )
     to: str = _flag(
         "",
         "Folder for the cleaned shards, which --train never names.",

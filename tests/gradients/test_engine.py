@@ -9,6 +9,7 @@ import tensorflow as tf
 from oracle import assert_close, at, engine_of, plain_gradients, task_of, values_of
 
 from tracin_beam.errors import InputError
+from tracin_beam.gradients import recording
 
 L = keras.layers
 N = 9
@@ -276,3 +277,23 @@ def test_checkpoints_in_memory_are_bounded(tmp_path, monkeypatch):
     assert again is not kept[0]
     for ours, theirs in zip(again, kept[0], strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_pooled_inputs_are_those_of_the_last_layers():
+    layers = keras.layers
+    given = keras.Input((6, 4))
+    hidden = layers.Conv1D(5, 3, activation="relu")(given)
+    pooled = layers.Flatten()(hidden)
+    output = layers.Dense(2)(layers.Dense(3, activation="tanh")(pooled))
+    model = keras.Model(given, output)
+    x = np.random.default_rng(0).normal(size=(7, 6, 4)).astype(np.float32)
+
+    @tf.function(autograph=False)
+    def found(x):
+        return recording.pooled_inputs(model._flatten_layers(), lambda: model(x), 7, 3)
+
+    parts = found(tf.constant(x))
+    between = keras.Model(given, [pooled, model.layers[-1].input])(x)
+    expected = [x.mean(axis=1) / 2, between[0] / np.sqrt(20), between[1] / np.sqrt(3)]
+    for part, value in zip(parts, expected, strict=True):
+        np.testing.assert_allclose(part, value, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ import tiny as t
 
 import tracin_beam
 from tracin_beam.signals import confidence, ridge
-from tracin_beam.storage import verdicts
+from tracin_beam.storage import features, verdicts
 
 FLAGS = {"test": None, "projection": "none", "dim": None}
 
@@ -36,22 +36,25 @@ def softmax(z):
     return grown / grown.sum(axis=-1, keepdims=True)
 
 
-def judged(train, weights):
+def judged(train, weights, features="gradient"):
     """m and q [n, 3] at one checkpoint, by a least-squares fit without each example."""
     x = np.stack([row.x for row in train]).astype(np.float64)
     # The gradient of the sum of the logits: x for each class's weights, and ones for the biases.
     phi = np.concatenate([np.repeat(x, 3, axis=1), np.ones((len(x), 3))], axis=1)
+    if features == "inputs":
+        phi = x / np.sqrt(x.shape[1])
+    width = phi.shape[1]
     y = np.eye(3)[[row.y for row in train]]
     scale = np.var(phi, axis=0).sum() * len(x) / phi.shape[1]
     outputs = []
     for ratio in ridge.LAMBDAS:
-        penalty = np.sqrt(scale * ratio) * np.eye(15, 16)
+        penalty = np.sqrt(scale * ratio) * np.eye(width, width + 1)
         rows = np.concatenate([phi, np.ones((len(x), 1))], axis=1)
         found = []
         for i in range(len(x)):
             kept = np.arange(len(x)) != i
             a = np.concatenate([rows[kept], penalty])
-            b = np.concatenate([y[kept], np.zeros((15, 3))])
+            b = np.concatenate([y[kept], np.zeros((width, 3))])
             found.append(rows[i] @ np.linalg.lstsq(a, b, rcond=None)[0])
         outputs.append(np.array(found))
     best = min(outputs, key=lambda output: ((output - y) ** 2).sum())
@@ -77,6 +80,19 @@ def confident_joint(q, label):
         if reached := [k for k in range(3) if one[k] >= usual[k]]:
             joint[y, max(reached, key=lambda k: one[k])] += 1
     return joint
+
+
+def preconditioned(job, train, damping):
+    """η ⟨g, (R + λ mean eigenvalue I)⁻¹ g⟩ of each example at every checkpoint: [n, C]."""
+    found = []
+    for weights, rate in zip(job.weights, job.rates, strict=True):
+        residual, x, _ = t.residuals(train, weights)
+        g = (x[:, :, None] * residual[:, None]).reshape(len(x), -1)
+        moments = g.T @ g / len(g)
+        scale = damping * np.trace(moments) / len(moments)
+        solved = np.linalg.solve(moments + scale * np.eye(len(moments)), g.T).T
+        found.append(rate * (g * solved).sum(axis=1))
+    return np.stack(found, axis=1)
 
 
 def test_signals_by_hand(job):
@@ -123,6 +139,33 @@ def test_signals_by_hand(job):
     lowest = min(np.roots([1 + z**2 / n, -(2 * rate + z**2 / n), rate**2]))
     assert metrics["metrics"]["wrong_labels_low"] == int(n * lowest)
     assert all(r["first_seen"] == "2026-11-22" for r in suspects)
+
+    assert all(r["self_influence_preconditioned"] is None for r in signals)
+    by_checkpoint = [r["self_influence_by_checkpoint"] for r in signals]
+    np.testing.assert_allclose(np.sum(by_checkpoint, axis=1), found, rtol=1e-6)
+
+    assert (
+        job.run(
+            "quality",
+            date="2026-11-23",
+            features="inputs",
+            preconditioner="projected",
+            damping=0.5,
+            **FLAGS,
+        )
+        == 0
+    )
+    m, *_ = judged(train, job.weights[0], "inputs")
+    signals, *_ = night(job, "2026-11-23")
+    expected = preconditioned(job, train, damping=0.5)
+    found = [r["self_influence_preconditioned_by_checkpoint"] for r in signals]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
+    found = [r["self_influence_preconditioned"] for r in signals]
+    np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-3)
+    given = m[np.arange(len(train)), label]
+    others = np.where(np.eye(3)[label] > 0, -1, m).max(axis=1)
+    found = [r["best_other_ratio"] for r in signals]
+    np.testing.assert_allclose(found, others / given, **close)
 
 
 def test_a_week(job, capsys):
@@ -248,5 +291,41 @@ def test_a_wrong_target_of_a_regression_comes_first(tmp_path):
     assert "wrong_labels_low" not in json.loads((folder / "metrics.json").read_text())["metrics"]
 
 
-def linear(inputs):
-    return keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(1)])
+def test_many_classes_are_judged_as_all_of_them_are(tmp_path, monkeypatch):
+    rng = np.random.default_rng(5)
+    centres = rng.normal(size=(101, 4))
+    y = np.arange(202) % 101
+    x = (centres[y] + 0.1 * rng.normal(size=(202, 4))).astype(np.float32)
+    y[7] = (y[7] + 50) % 101
+    parse = tracin_beam.write_shards((x, y), str(tmp_path / "train-*.tfrecord"), shards=2)
+    build = functools.partial(linear, 4, 101)
+    model = build()
+    for step, scale in ((1, 4.0), (2, 8.0)):
+        model.set_weights([scale * centres.T, -scale * (centres**2).sum(axis=1) / 2])
+        tracin_beam.save_checkpoint(tmp_path / "ckpts", model, step, 0.1)
+    found = []
+    for most in (features.ALL_CLASSES, 1000):
+        monkeypatch.setattr(features, "ALL_CLASSES", most)
+        tracin_beam.quality(
+            tracin_beam.Task(
+                build, keras.losses.SparseCategoricalCrossentropy(from_logits=True), parse
+            ),
+            train=tmp_path / "train-*.tfrecord",
+            checkpoints=tmp_path / "ckpts",
+            output=tmp_path / f"out-{most}",
+            date="2026-11-22",
+            projection="none",
+            progress=False,
+        )
+        folder = tmp_path / f"out-{most}" / "quality" / "2026-11-22"
+        found.append(pq.read_table(folder / "signals.parquet"))
+    few, every = found
+    for name in ("aum", "probability_mean", "el2n", "mislabel_score", "others_probability"):
+        np.testing.assert_allclose(few[name], every[name], atol=0.01, err_msg=name)
+    for name in ("suggested_label", "confident_label", "forgetting"):
+        np.testing.assert_array_equal(few[name].to_numpy(), every[name].to_numpy(), err_msg=name)
+    assert np.argmax(few["mislabel_score"]) == 7
+
+
+def linear(inputs, outputs=1):
+    return keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(outputs)])

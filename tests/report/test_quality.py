@@ -103,6 +103,20 @@ def test_what_is_packed():
     assert header["curves"][0]["steps"] == [10, 20, 30]
 
 
+def test_proponents_and_opponents_are_packed_beside_the_evidence():
+    rows = n.suspects(3)
+    for name, ids in {"proponents": ["train-5"], "opponents": ["train-4", "train-5"]}.items():
+        column = pa.array([None, ids, []], pa.list_(pa.string()))
+        rows = rows.set_column(rows.column_names.index(name), name, column)
+    found = n.found(3, table=rows)
+    header, arrays = unpacked(page(found))
+    start, end = arrays["ends"][:2]
+    shown = [header["ids"][i] for i in arrays["supports"][start:end]]
+    assert shown[-3:] == ["train-5", "train-4", "train-5"]
+    assert arrays["roles"][start:end].tolist() == [0] * (end - start - 3) + [1, 2, 2]
+    assert {("train-0.tfrecord", 4), ("train-1.tfrecord", 5)} <= set(found.shown())
+
+
 def test_the_same_example_of_two_kinds_is_one():
     rows = pa.concat_tables([n.suspects(2), n.suspects(1, kind="duplicate")])
     header, arrays = unpacked(page(n.found(2, table=rows)))

@@ -211,3 +211,30 @@ def test_shards_of_another_model_are_not_compared():
         shards = {f"o{i}": row(kept, model) for i, kept in enumerate(others)}
         shards["one"] = row(surprising(50, 30), "new")
         assert nights.shard_probabilities("d", shards)["one"] == found
+
+
+def test_what_came_after_a_night_of_the_same_model_is_compared_with_its_like():
+    """The model may have seen the shards of the first night, and has not seen those after it."""
+
+    def row(kept, unseen, name, model="m"):
+        scores = nights.summary(signals(np.full(1000, 0.1)), True, name)
+        as_unseen = {f"unseen_{key}": value for key, value in unseen.items()}
+        return {**scores, **kept, **as_unseen, "cohort": "unknown", "model": model}
+
+    easy = surprising(1, 0)
+    easy = {**easy, "surprises": sorted(easy["surprises"], reverse=True)}  # learnt by heart
+    shards = {f"first-{i}": row(easy, surprising(i), f"first-{i}") for i in range(5)}
+    history = []
+    for night in range(4):
+        if night:
+            wrong = 30 if night == 3 else 0
+            kept = surprising(20 + night, wrong)
+            shards[f"later-{night}"] = row(kept, kept, f"later-{night}")
+        history.append(nights.metrics_of(str(night), shards, NO_SUSPECTS, history))
+    found = [one["metrics"]["new_suspicious_shards"] for one in history]
+    assert found[2:] == [0, 1]
+    assert history[3]["known"]["later-2"]["late"]
+    assert not history[3]["known"]["first-0"]["late"]
+    others = {name: {**one, "model": "another"} for name, one in shards.items()}
+    again = nights.metrics_of("4", others, NO_SUSPECTS, history)
+    assert not any(one["late"] for one in again["known"].values())

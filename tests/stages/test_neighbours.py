@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import types
 import zlib
 
 import numpy as np
@@ -47,6 +48,9 @@ class Site:
 
     def lookout(self, result):
         return self.output.path("features", result.set_name, result.shard.name + ".parquet")
+
+    def embeddings(self, result):
+        return result.shard.name
 
     def made_from(self, result):
         return f"{result.shard.name}-{result.shard.identity}"[:16]
@@ -197,3 +201,25 @@ def test_clean_data_is_quiet(site):
     shards = [site.write(n, rng.normal(size=(80, DIM)), rng.integers(2, size=80)) for n in "abcd"]
     search(site, shards)
     assert list(stage.look(site, shards)) == []
+
+
+def test_what_is_nearly_in_the_test_set_has_leaked(site, monkeypatch):
+    def ids(path, positions):
+        positions = np.unique(positions)
+        names = [f"{path}#{position}".encode() for position in positions]
+        return types.SimpleNamespace(position=positions, ids=names)
+
+    monkeypatch.setattr(stage.embeddings, "read_at", ids)
+    rng = np.random.default_rng(4)
+    train = [site.write(n, rng.normal(size=(90, DIM)), rng.integers(2, size=90)) for n in "ab"]
+    phi, label = rng.normal(size=(60, DIM)), rng.integers(2, size=60)
+    phi[7] = site.rows["a"][0][11] + 1e-4 * rng.normal(size=DIM)  # a picture saved once more
+    phi[8], label[8] = site.rows["b"][0][5], site.rows["b"][1][5]  # the same bytes
+    shards = [*train, site.write("t", phi, label, "test")]
+    search(site, shards)
+    found = [row for row in stage.look(site, shards) if row["kind"] == "leaked"]
+    places = {(os.path.basename(r["shard"]), r["position"] // 2): r for r in found}
+    assert set(places) == {("a", 11), ("b", 5)}
+    assert places["a", 11]["supporting_ids"] == ["t#14"]
+    assert places["b", 5]["supporting_ids"] == ["t#16"]
+    assert places["b", 5]["score"] == 1 > places["a", 11]["score"] > 0.9

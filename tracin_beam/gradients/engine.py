@@ -345,7 +345,7 @@ class Engine:
         return Embedded(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def describe(
-        self, values: list[tf.Tensor], batch: Batch, features: bool
+        self, values: list[tf.Tensor], batch: Batch, features: bool, of: str = "gradient"
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """What a checkpoint makes of the examples of a batch of any size, whatever their labels.
 
@@ -353,20 +353,24 @@ class Engine:
           values: of the checkpoint.
           batch: the examples.
           features: whether to compute them.
+          of: "gradient", or "inputs", which takes a forward pass alone.
 
         Returns:
           Log-probabilities by class, float32 [n, K] (see `quantities.log_probabilities`); and the
-          features φ, float32 [n, dim], the projected gradient of the sum of the outputs.
+          features φ, float32 [n, D]: the projected gradient of the sum of the outputs, or the
+          inputs of the last layers (see `recording.pooled_inputs`).
 
         Raises:
+          InputError: no layer of the model shows its inputs.
           tf.errors.OpError: an example that the model cannot take.
         """
         if groups := self._groups(batch):
-            parts = [(i, self.describe(values, part, features)) for i, part in groups]
+            parts = [(i, self.describe(values, part, features, of)) for i, part in groups]
             outputs = _in_places([(i, found[0]) for i, found in parts], batch.size)
             some = [(i, found[1]) for i, found in parts if found[1] is not None]
             return outputs, _in_places(some, batch.size) if features else None
-        function = self._function("features" if features else "outputs", quantities.OUTPUTS)
+        kind = {"gradient": "features", "inputs": "inputs"}[of] if features else "outputs"
+        function = self._function(kind, quantities.OUTPUTS)
         found = [
             [np.asarray(x)[: part.size] for x in _run(function, values, self._padded(part))]
             for part in self._parts(batch)

@@ -153,6 +153,46 @@ class Recording:
         )
 
 
+def pooled_inputs(
+    layers: Sequence[keras.layers.Layer], run: Callable[[], Any], size: int, last: int
+) -> list[tf.Tensor]:
+    """What the last layers with a matrix of weights are given, averaged over positions.
+
+    Args:
+      layers: of the model.
+      run: runs the model on a batch, in the graph that is being traced.
+      size: examples of the batch.
+      last: how many layers, by the order in which they are called.
+
+    Returns:
+      float32 [size, channels] of each, over the root of its number of channels.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    found: list[tf.Tensor] = []
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        @tf.autograph.experimental.do_not_convert
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if tf.compat.v1.get_default_graph() is graph:  # not in a loop's body
+                given = [x for x in float_tensors((args, kwargs)) if x.shape.rank]
+                found.extend(x for x in given[:1] if x.shape.rank > 1 and x.shape[0] == size)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for layer in {id(layer): layer for layer in layers}.values():
+            if any(len(v.shape) > 1 for v in layer._trainable_variables):
+                stack.enter_context(_replaced(layer, "call", watched(layer.call)))
+        run()
+    pooled = []
+    for x in found[-last:]:
+        mean = tf.reduce_mean(tf.cast(x, tf.float32), axis=list(range(1, x.shape.rank - 1)))
+        width = tf.cast(tf.shape(mean)[1], tf.float32)
+        pooled.append(mean / tf.sqrt(width))
+    return pooled
+
+
 def not_first(
     layers: Sequence[keras.layers.Layer], run: Callable[[], Any], size: int
 ) -> frozenset[int]:

@@ -24,11 +24,14 @@ from tracin_beam.gradients import (
     nests,
     projections,
     quantities,
+    recording,
     rules,
 )
 from tracin_beam.gradients.forms import Form
 from tracin_beam.gradients.recording import Forward, Model, Weight
 from tracin_beam.inputs.task import Task
+
+_DESCRIBING = 3  # of the last layers, whose inputs are an example's features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +256,24 @@ class Bodies:
         with self._scope(values):
             _, outputs = self.subject.forward(target)(*nests.repack(self.structure, flat))
         return tuple(outputs)
+
+    def inputs(
+        self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]
+    ) -> tuple[tf.Tensor, ...]:
+        """What `outputs` gives, and the pooled inputs of the last layers side by side."""
+        outputs: list[tf.Tensor] = []
+        found = recording.pooled_inputs(
+            list(self.subject.model._flatten_layers()),
+            lambda: outputs.extend(self.outputs(target, values, flat)),
+            int(flat[0].shape[0]),
+            _DESCRIBING,
+        )
+        if not found:
+            raise InputError(
+                "--features=inputs: no layer of the model with a matrix of weights shows its "
+                "inputs, one row for each example: use --features=gradient."
+            )
+        return *outputs, tf.concat(found, axis=1)
 
     def norms(
         self, target: str, values: Sequence[tf.Tensor], flat: Sequence[tf.Tensor]

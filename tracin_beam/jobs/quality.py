@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tracin_beam.config import Config
 from tracin_beam.errors import InputError
 from tracin_beam.inputs import trained
 from tracin_beam.jobs import graphs, kept, night
@@ -29,6 +30,8 @@ _FILES = (
     *("signals.parquet", "suspects.parquet", "metrics.json", "metrics.prom"),
     *("openlineage.json", "datalab.parquet"),
 )
+# Columns of ids, by what has the places of the examples before.
+_EVIDENCE = {"supporting": "supporting_ids", "proponents": "proponents", "opponents": "opponents"}
 _RANGE = ("wrong_labels_low", "wrong_labels_high")
 _OF_RANGE = ("label", "others_label", "confident_label", "others_probability")
 # Where the first checkpoint knows nearly all given labels, wrong ones are learnt too.
@@ -44,6 +47,8 @@ SUSPECTS = pa.schema(
         ("confidence", pa.float64()),
         ("best_other_ratio", pa.float64()),
         ("supporting_ids", pa.list_(pa.string())),
+        ("proponents", pa.list_(pa.string())),  # of its own loss; of the worst mislabelled ones
+        ("opponents", pa.list_(pa.string())),
         ("shard", pa.string()),
         ("position", pa.int64()),
         ("cohort", pa.string()),
@@ -90,12 +95,19 @@ def _data(run: Run) -> str:
     """A digest of all that a night's tables are made from, but for its date and the verdicts."""
     from tracin_beam.stages import quality
 
-    parts = [run.shard_fingerprints, run.explicit_ids, run.config.max_rejected, run.kind]
+    config = run.config
+    parts = [run.shard_fingerprints, run.explicit_ids, config.max_rejected, run.kind]
+    parts += [config.features, *_preconditioner(config)]
     return runs.digest([*parts, _cohorts(run), sorted(_trusted(run)), _VERSION, quality.VERSION])
+
+
+def _preconditioner(config: Config) -> list[object]:
+    return [] if config.preconditioner == "none" else [config.preconditioner, config.damping]
 
 
 def graph(pipeline: beam.Pipeline, run: Run) -> None:
     """Embeds, describes the examples, and writes the night's tables."""
+    from tracin_beam.jobs import joins
     from tracin_beam.stages.quality import Night, judge
 
     kind = run.kind["name"]
@@ -108,6 +120,8 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
         raise InputError(
             "quality judges labels by the course of one training: give one --checkpoints."
         )
+    verdicts.read(run.output)  # a ledger that is damaged is told before work starts
+    config = run.config
     date, conditions = date_of(run), _conditions(run)
     fingerprint = _data(run)
     earlier = kept.read(run, fingerprint)
@@ -125,18 +139,23 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
         results = graphs.embed_stage(pipeline, run)
         units = {(u.shard.path, u.checkpoint.folder): u.fingerprint for u in run.units}
         trusted = _trusted(run)
-        what = Night(run.output, run.source, run.checkpoints, units, kind, _cohorts(run), trusted)
-        parts, others = judge(results, what)
+        cohorts, phi, threshold = _cohorts(run), config.features, run.kind["threshold"]
+        what = Night(
+            run.output, run.source, run.checkpoints, units, kind, cohorts, trusted, phi, threshold
+        )
+        join = joins.join_of(run) if config.preconditioner != "none" else None
+        parts, others, proof = judge(results, what, join)
         made = (
             pipeline
             | "Night" >> beam.Create([None])
             | "WriteNight"
             >> beam.FlatMap(
-                lambda _, parts, others, results: write_night(
+                lambda _, parts, others, proof, results: write_night(
                     run.output,
                     date,
                     dict(parts),
                     others,
+                    proof,
                     conditions,
                     kind,
                     results,
@@ -145,6 +164,7 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
                 ),
                 beam.pvalue.AsList(parts),
                 beam.pvalue.AsList(others),
+                beam.pvalue.AsList(proof),
                 beam.pvalue.AsList(results),
             )
         )
@@ -156,6 +176,7 @@ def write_night(
     date: str,
     parts: Mapping[str, tuple[str, Mapping[str, Any]]],
     others: Sequence[Mapping[str, Any]],
+    proof: Sequence[Mapping[str, Any]],
     conditions: Sequence[Gate],
     kind: str,
     results: Sequence[ShardResult],
@@ -169,6 +190,7 @@ def write_night(
       date: of the night.
       parts: path of the signals and `nights.summary` of each training shard, by its path.
       others: suspects of other kinds than mislabelled, by "shard" and "position".
+      proof: what speaks for and against the labels of some, as of `stages.evidence`.
       conditions: the gates.
       kind: of the task.
       results: of embedding.
@@ -181,7 +203,8 @@ def write_night(
     from tracin_beam.stages.quality import SIGNALS, curves
 
     rows: list[dict[str, Any]] = [dict(row) for row in others]
-    named = _Names(rows)
+    proven = {(row["shard"], row["position"]): dict(row) for row in proof}
+    named = _Names([*rows, *proven.values()])
     judged: list[pa.Table] = []
     cohorts: dict[str, list[str]] = {}
     for shard, (part, summary) in sorted(parts.items()):
@@ -203,6 +226,9 @@ def write_night(
     named.fill()
     shards = {shard: summary for shard, (_, summary) in parts.items()}
     for row in rows:
+        if row["kind"] == "mislabelled":
+            some = proven.get((row["shard"], row["position"]), {})
+            row.update({name: some[name] for name in _EVIDENCE.values() if name in some})
         row["cohort"] = shards[row["shard"]]["cohort"]
     rows.sort(key=lambda row: (row["kind"], -row["score"], row["shard"], row["position"]))
     wrong = _range(judged) if kind == "classification" else {}
@@ -275,14 +301,15 @@ class _Names:
     """What suspects that are known by shard and position are called, and what else is to be said.
 
     Args:
-      rows: the suspects; "supporting", places of examples as well, becomes their ids.
+      rows: the suspects; those of `_EVIDENCE`, places of examples as well, become their ids.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self._rows = list(rows)
         self._wanted: dict[str, dict[int, dict[str, Any]]] = {}
         for row in rows:
-            for shard, position in [(row["shard"], row["position"]), *row.get("supporting", ())]:
+            others = [place for name in _EVIDENCE for place in row.get(name, ())]
+            for shard, position in [(row["shard"], row["position"]), *others]:
                 self._wanted.setdefault(shard, {})[position] = {}
 
     def look(self, piece: pa.Table) -> None:
@@ -298,10 +325,9 @@ class _Names:
         """Completes the suspects, once all pieces were looked at."""
         for row in self._rows:
             row.update({**self._wanted[row["shard"]][row["position"]], **row})
-            places = row.pop("supporting", ())
-            row.setdefault("supporting_ids", []).extend(
-                self._wanted[shard][position]["id"] for shard, position in places
-            )
+            for name, column in _EVIDENCE.items():
+                ids = [self._wanted[shard][at]["id"] for shard, at in row.pop(name, ())]
+                row[column] = [*row.get(column, ()), *ids]
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -334,10 +360,7 @@ def _mislabelled(
       kind: of the task.
       stated: confidence by mislabel score, by cohort; the score itself where there is none.
     """
-    if kind == "classification":
-        suspect = pc.greater(piece["best_other_ratio"], 1.0)
-    else:
-        suspect = pc.greater(piece["mislabel_score"], 0.75 if kind == "regression" else 0.5)
+    suspect = mislabel.suspected(piece, kind)
     for row in piece.filter(pc.fill_null(suspect, False)).to_pylist():
         score = row["mislabel_score"]
         curve = stated.get(row["cohort"], np.asarray)
@@ -372,6 +395,8 @@ def _made_by(run: Run) -> list[object]:
         date_of(run),
         config.warn_if,
         config.error_if,
+        config.features,
+        _preconditioner(config),
         reviewed,
         run.kind,
         _cohorts(run),

@@ -27,6 +27,7 @@ MOST_SUSPECTS = 10_000
 MOST_EXAMPLES = 12_000  # whose content is shown: suspects, and the evidence of the worst
 LARGEST = 5_000_000  # bytes of a page
 _MOST_EVIDENCE = 8  # supporting examples of a suspect
+_ROLES = ("supporting_ids", "proponents", "opponents")
 _LONGEST_ID = 10_000  # characters, as in a ledger
 _MOST_CURVES = 12  # checkpoints of a curve
 _BINS = 24
@@ -84,17 +85,20 @@ class Found:
         return list(zip(shards, positions.to_pylist(), strict=True))
 
     @property
-    def evidence(self) -> list[list[str]]:
-        """The ids that support each suspect."""
-        if "supporting_ids" not in self.suspects.column_names:
-            return [[] for _ in range(len(self.suspects))]
-        return [(ids or [])[:_MOST_EVIDENCE] for ids in self.suspects["supporting_ids"].to_pylist()]
+    def evidence(self) -> list[list[tuple[str, int]]]:
+        """The ids of what speaks for or against each suspect, and the place in `_ROLES` of each."""
+        found: list[list[tuple[str, int]]] = [[] for _ in range(len(self.suspects))]
+        for role, name in enumerate(_ROLES):
+            if name in self.suspects.column_names:
+                for row, ids in enumerate(self.suspects[name].to_pylist()):
+                    found[row] += [(one, role) for one in (ids or [])[:_MOST_EVIDENCE]]
+        return found
 
     def shown(self) -> list[Place]:
         """The examples whose content is worth the page's bytes, in the order of their worth."""
         places = dict.fromkeys(self.own)
-        for ids in self.evidence:
-            places.update(dict.fromkeys(self.places[i] for i in ids if i in self.places))
+        for some in self.evidence:
+            places.update(dict.fromkeys(self.places[i] for i, _ in some if i in self.places))
         return list(places)[:MOST_EXAMPLES]
 
 
@@ -153,7 +157,7 @@ def look_up(found: Found, pieces: Iterator[pa.Table]) -> None:
     for row, place in enumerate(found.own):
         rows_of.setdefault(place, []).append(row)
     positions = pa.array(sorted({position for _, position in rows_of}), pa.int64())
-    ids = pa.array(sorted({one for some in found.evidence for one in some}), pa.string())
+    ids = pa.array(sorted({one for some in found.evidence for one, _ in some}), pa.string())
     size = len(found.suspects)
     for piece in pieces:
         names = _signals(piece.schema)
@@ -343,9 +347,11 @@ def _core(
     )
     example = [examples.number(*one) for one in suspects]
     supports: list[int] = []
+    roles: list[int] = []
     ends = []
     for some in found.evidence[:size]:
-        for one in some:
+        for one, role in some:
+            roles.append(role)
             label = found.given.get(one, math.nan)
             supports.append(examples.number(one, found.places.get(one), label))
         ends.append(len(supports))
@@ -356,6 +362,7 @@ def _core(
         "given": np.array(examples.labels, np.float64),
         "suggested": numbers("suggested_label"),
         "supports": np.array(supports, np.int32),
+        "roles": np.array(roles, np.uint8),
         "ends": np.array(ends, np.int32),
     }
     choices = {}

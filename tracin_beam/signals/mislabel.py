@@ -11,6 +11,8 @@ too. The score of the given label against the best other one is no probability; 
 """
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 # Shares of the examples, the surest first, in which disagreeing labels are counted, and the fewest
 # that are worth it; of a normal distribution the point that nineteen in twenty lie below.
@@ -70,6 +72,20 @@ def scores(m: np.ndarray, label: np.ndarray) -> np.ndarray:
     """
     given, other = _given_and_other(m, label)
     return 1 / (1 + given / np.sqrt(np.maximum(other, 1e-12)))
+
+
+def suspected(signals: pa.Table, kind: str) -> pa.ChunkedArray:
+    """The examples of which another label is likelier than their own: bool [n], or null.
+
+    Of a regression: whose target is further from what the others say than three times the usual.
+
+    Args:
+      signals: with "best_other_ratio" and "mislabel_score".
+      kind: of the task.
+    """
+    if kind == "classification":
+        return pc.greater(signals["best_other_ratio"], 1.0)
+    return pc.greater(signals["mislabel_score"], 0.75 if kind == "regression" else 0.5)
 
 
 def suggestions(m: np.ndarray) -> np.ndarray:

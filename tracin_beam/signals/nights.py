@@ -23,8 +23,8 @@ SURPRISE_BINS = len(_SURPRISES) + 1
 # The share of labels, drawn at random, that shards are tested for.
 _WRONG = 0.01
 _GRID = 1 << 14  # steps of the statistic whose distribution is wanted
-_OF_ARRIVALS = ("cohort", "identity", "model", "scores", "surprises", "if_wrong")
-_LISTS = ("scores", "surprises", "if_wrong")
+_OF_ARRIVALS = ("cohort", "identity", "model", "late", "scores", "surprises", "if_wrong")
+_LISTS = ("scores", "surprises", "if_wrong", "unseen_surprises", "unseen_if_wrong")
 # Shares of the worst scores in which a shard may have too many: what few but certain mistakes
 # look like, and what many uncertain ones do.
 _TAILS = (0.0005, 0.002, 0.01, 0.04)
@@ -111,6 +111,22 @@ def surprise(logs: np.ndarray, m: np.ndarray, cohort: str) -> np.ndarray:
     return -np.log(np.maximum(m, 1e-12))
 
 
+def kept_surprises(
+    logs: np.ndarray, m: np.ndarray, cohort: str, label: np.ndarray
+) -> dict[str, Any]:
+    """What `surprises` gives; of a shard of which nothing is known also as if it was not seen.
+
+    Args:
+      logs, m, cohort: as of `surprise`.
+      label: int [n], the given class; −1 where there is none.
+    """
+    found = surprises(surprise(logs, m, cohort), label)
+    if cohort == "unknown":
+        unseen = surprises(surprise(logs, m, "new"), label)
+        found |= {f"unseen_{name}": counts for name, counts in unseen.items()}
+    return found
+
+
 def surprises(surprise: np.ndarray, label: np.ndarray) -> dict[str, Any]:
     """What is kept of a shard, or of some of its rows, to tell whether it has wrong labels.
 
@@ -184,7 +200,9 @@ def metrics_of(
       number}}), "arrivals" (the bins of the shards that came or changed tonight, for the
       nights to come) and "known" (which shards there were).
     """
-    before = _known([night for night in history if night.get("date") != date])
+    earlier = [night for night in history if night.get("date") != date]
+    before = _known(earlier)
+    shards = _with_lateness(shards, earlier)
     probabilities = shard_probabilities(date, shards, history)
     new_suspicious = {path for path, p in probabilities.items() if p is not None and p < LEVEL}
     suspicious = new_suspicious | {
@@ -238,9 +256,13 @@ def metrics_of(
         "by_cohort": _by_cohort(shards, suspects),
         "arrivals": arrivals,
         "known": {
-            path: {"identity": one.get("identity"), "suspicious": path in suspicious}
+            path: {
+                **{name: one.get(name) for name in ("identity", "late")},
+                "suspicious": path in suspicious,
+            }
             for path, one in shards.items()
         },
+        "model": next((one.get("model") for one in shards.values()), None),
     }
 
 
@@ -254,6 +276,9 @@ def shard_probabilities(
     Of classes see `surprise_probability`. Where there is no such thing, as of a regression, or no
     shards of the cohort to compare with, `_tail_probability` of the mislabel scores is taken. That
     times the number of shards tested is the result (Bonferroni).
+
+    A shard that came after a night with the same checkpoints cannot have been trained on. Cohort or
+    not, it is compared with others of which the same is known.
 
     A shard is compared with the other shards of its cohort tonight, and with those of its cohort
     that came on earlier nights, as they were then. Where these have fewer examples than the shard
@@ -271,6 +296,7 @@ def shard_probabilities(
     """
     nights_before = [night for night in history if night.get("date") != date]
     earlier, known = _arrivals(nights_before), _known(nights_before)
+    shards = _with_lateness(shards, nights_before)
     # A shard that was there before was tested when it came.
     tested = [path for path, one in shards.items() if not _is_known(path, one, known)]
     bad = {path for path, one in [*known.items(), *earlier.items()] if one.get("suspicious")}
@@ -280,7 +306,7 @@ def shard_probabilities(
         one = shards[path]
         others = [s for other, s in shards.items() if other != path and other not in bad]
         others += [s for other, s in earlier.items() if other not in shards and other not in bad]
-        same = [s for s in others if s["cohort"] == one["cohort"]]
+        same = [s for s in others if _kin(s) == _kin(one)]
         alike = [s for s in same if "surprises" in s and s.get("model") == one.get("model")]
         size = sum(one.get("surprises", ()))
         if size and sum(sum(s["surprises"]) for s in alike) >= size:
@@ -444,6 +470,33 @@ def _known(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     """Shards that were tested, by path: those of the last night, and that came of late."""
     last: Mapping[str, Any] = history[-1].get("known", {}) if history else {}
     return {**_arrivals(history), **last}
+
+
+def _with_lateness(
+    shards: Mapping[str, Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Shards with "late", whether they came when there had been a night with the same model."""
+    known = _known(history)
+    last = history[-1].get("model") if history else None
+    models = {night.get("model") for night in history}
+    found: dict[str, Mapping[str, Any]] = {}
+    for path, one in shards.items():
+        model = one.get("model")
+        late = model is not None and model in models
+        if _is_known(path, one, known):
+            late = model == last and bool(known[path].get("late"))
+        as_unseen = {
+            name: one[f"unseen_{name}"]
+            for name in ("surprises", "if_wrong")
+            if late and f"unseen_{name}" in one
+        }
+        found[path] = {**one, **as_unseen, "late": late}
+    return found
+
+
+def _kin(one: Mapping[str, Any]) -> tuple[Any, bool]:
+    """What shards have in common that are compared."""
+    return one["cohort"], bool(one.get("late")) and one["cohort"] == "unknown"
 
 
 def _is_known(path: str, one: Mapping[str, Any], arrivals: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -475,6 +475,12 @@ def _read(site: Site, result: ShardResult, among: str) -> Found:
     return Found(kept["shard"], kept["row"], kept["distance"]).first(COUNT)
 
 
+def nearest_of(site: Site, result: ShardResult, positions: np.ndarray) -> Found:
+    """The nearest training examples of some of a shard's: row numbers of the shards `rows_of`."""
+    own = _described(site, result)[1]
+    return _read(site, result, TRAIN).take(np.searchsorted(own, positions))
+
+
 def _columns(
     site: Site, label: np.ndarray, found: Found, reference: _Whole
 ) -> dict[str, np.ndarray]:

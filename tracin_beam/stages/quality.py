@@ -14,6 +14,7 @@ import pyarrow as pa
 from tracin_beam.errors import InputError
 from tracin_beam.gradients import kinds
 from tracin_beam.inputs import formats
+from tracin_beam.scoring import sketch
 from tracin_beam.signals import (
     confidence,
     influence,
@@ -26,6 +27,9 @@ from tracin_beam.signals import (
 )
 from tracin_beam.stages import neighbours as around
 from tracin_beam.stages.embed import batches, parse_records
+from tracin_beam.stages.evidence import Evidence
+from tracin_beam.stages.joining import Census, Join
+from tracin_beam.stages.self_influence import Moments, Squares
 from tracin_beam.stages.workers import EngineSource
 from tracin_beam.storage import (
     arrays,
@@ -42,8 +46,8 @@ from tracin_beam.storage.embeddings import Embeddings
 from tracin_beam.storage.features import Features
 from tracin_beam.storage.runs import TRAIN, CheckpointFile, Output, ShardResult
 
-VERSION = 5  # of the signals
-_VERSION = 2  # of the feature files
+VERSION = 6  # of the signals
+_VERSION = 3  # of the feature files
 _ENOUGH = 200  # examples of a cohort that is calibrated by itself
 _EVIDENCE = 2000  # examples of a shard that confidence is judged by
 
@@ -60,6 +64,9 @@ SIGNALS = pa.schema(
         ("label", pa.float64()),
         ("prediction", pa.float64()),
         ("self_influence", pa.float64()),
+        ("self_influence_preconditioned", pa.float64()),
+        ("self_influence_by_checkpoint", pa.list_(pa.float64())),
+        ("self_influence_preconditioned_by_checkpoint", pa.list_(pa.float64())),
         ("loss", pa.float64()),
         ("loss_by_checkpoint", pa.list_(pa.float32())),
         *((function.__name__, pa.float64()) for function in trajectory.COLUMNS),
@@ -85,6 +92,8 @@ class Night:
       kind: of the task: "classification", "multilabel" or "regression".
       cohorts: "trained", "new" or "unknown", by the path of the shard; see `inputs.trained`.
       trusted: paths of the shards that are trusted to be right.
+      phi: what φ is, "gradient" or "inputs"; see `Engine.describe`.
+      threshold: above which a prediction, which is then a score, stands for the class 1.
     """
 
     output: Output
@@ -94,6 +103,8 @@ class Night:
     kind: str
     cohorts: Mapping[str, str]
     trusted: frozenset[str] = frozenset()
+    phi: str = "gradient"
+    threshold: float | None = None
 
     @property
     def model(self) -> str:
@@ -106,13 +117,21 @@ class Night:
         half = mislabel.first_half(len(self.checkpoints))
         return sorted({half - 1, (half - 1) // 2})
 
+    def predicted(self, rows: Embeddings) -> np.ndarray:
+        """Predictions, of a classification the classes: float64 [n], NaN where there is none."""
+        value = rows.prediction.astype(np.float64)
+        if self.kind != "classification" or self.threshold is None:
+            return value
+        return np.where(np.isnan(value), np.nan, value > self.threshold)
+
     def features(self, place: int, result: ShardResult) -> str:
         return self.output.features(result.set_name, self.checkpoints[place], result.shard)
 
     def fingerprint(self, place: int, result: ShardResult) -> str:
         """Of all that a feature file is made from."""
         unit = self.units[result.shard.path, self.checkpoints[place].folder]
-        return runs.digest([unit, result.excluded, _VERSION, place in self.places, self.kind])
+        made_of = [unit, result.excluded, _VERSION, place in self.places, self.kind, self.phi]
+        return runs.digest(made_of)
 
     def lookout(self, result: ShardResult) -> str:
         """The feature file in which neighbours are looked for: the last that has φ."""
@@ -210,7 +229,9 @@ class WriteFeatures(beam.DoFn):
         first = next(pieces)
         widths = (x.shape[1] for x in (first.log_probabilities, first.features, first.labels))
         classes, dim, labels = widths
-        schema = features.schema(classes, dim, labels, self._night.kind != "regression")
+        kind = self._night.kind
+        single = kind == "classification"
+        schema = features.schema(classes, dim, labels, kind != "regression", single)
         return sinks.write_parquet(
             path, schema, (piece.table(schema) for some in ([first], pieces) for piece in some)
         )
@@ -225,7 +246,9 @@ class WriteFeatures(beam.DoFn):
             batch, positions, rejected = parse_records(loaded, waiting)
             if rejected or batch is None:
                 raise runs.changed_while_used(result.shard)
-            outputs, phi = loaded.engine.describe(values, batch, wanted)
+            outputs, phi = loaded.engine.describe(values, batch, wanted, self._night.phi)
+            if phi is not None and loaded.engine.config.dim and self._night.phi == "inputs":
+                phi = sketch.sketch(phi, dim=loaded.engine.config.dim)
             if self._night.kind == "multilabel":
                 labels = np.asarray(batch.label, np.float32)
             else:
@@ -479,6 +502,7 @@ def signals_of(
     choices: Mapping[int, Choice],
     spreads: Mapping[int, np.ndarray],
     near: Mapping[str, np.ndarray],
+    preconditioned: Sequence[Embeddings] | None = None,
 ) -> tuple[pa.Table, dict[str, Any], dict[str, np.ndarray]]:
     """Rows of `signals.parquet` for the same examples at every checkpoint.
 
@@ -490,6 +514,7 @@ def signals_of(
       choices: those of the shard's cohort.
       spreads: of all shards, see `spread`.
       near: see `neighbours.read_columns`.
+      preconditioned: the rows with ⟨g, T g⟩ for ‖g‖², where there is a preconditioner.
 
     Returns:
       The rows; of classes `nights.surprises`; and of those of them that have a label, the arrays
@@ -544,8 +569,8 @@ def signals_of(
             score = mislabel.separate_scores(m, target).max(axis=1)
         else:
             label = np.where(known, target.argmax(axis=1), 0)
-            surprises = nights.surprises(
-                nights.surprise(logs, m, night.cohorts[shard]), np.where(known, label, -1)
+            surprises = nights.kept_surprises(
+                logs, m, night.cohorts[shard], np.where(known, label, -1)
             )
             shares = ridges[night.places[-1]].constant
             votes = mislabel.votes(labels_around, shares)
@@ -564,12 +589,13 @@ def signals_of(
             }
             for function in trajectory.COLUMNS:
                 columns[function.__name__] = np.where(known, function(logs, label), np.nan)
-    rates = [checkpoint.learning_rate for checkpoint in night.checkpoints]
-    own = influence.self_influence(registry.rows_of(rows, rates, ("squared_norm",)))
+    own = _self_influence(night, rows)
+    transformed = own * np.nan if preconditioned is None else _self_influence(night, preconditioned)
     numbers = {
         "label": last.label,
-        "prediction": last.prediction,
-        "self_influence": own,
+        "prediction": night.predicted(last),
+        "self_influence": own.sum(axis=1),
+        "self_influence_preconditioned": transformed.sum(axis=1),
         "loss": last.loss,
         **columns,
         **near,
@@ -585,6 +611,10 @@ def signals_of(
             "position": last.position,
             "cohort": [night.cohorts[shard]] * size,
             **{name: tables.numbers(values) for name, values in numbers.items()},
+            "self_influence_by_checkpoint": list(own),
+            "self_influence_preconditioned_by_checkpoint": (
+                [None] * size if preconditioned is None else list(transformed)
+            ),
             "loss_by_checkpoint": list(np.stack([one.loss for one in rows], axis=1)),
             "content_hash": pa.array(list(described[0].content_hash), pa.binary()),
         },
@@ -593,11 +623,18 @@ def signals_of(
     return table, surprises, evidence
 
 
+def _self_influence(night: Night, rows: Sequence[Embeddings]) -> np.ndarray:
+    """By checkpoint: float64 [n, C]."""
+    rates = [checkpoint.rate for checkpoint in night.checkpoints]
+    return influence.self_influence_by_checkpoint(registry.rows_of(rows, rates, ("squared_norm",)))
+
+
 class WriteSignals(beam.DoFn):
     """ShardResult → (path of the shard, (path of its signals, `nights.summary`))."""
 
-    def __init__(self, night: Night) -> None:
+    def __init__(self, night: Night, join: Join | None = None) -> None:
         self._night = night
+        self._join = join
 
     def process(
         self,
@@ -606,7 +643,10 @@ class WriteSignals(beam.DoFn):
         judged: Mapping[tuple[int, str, bool], np.ndarray],
         spreads: Mapping[int, np.ndarray],
         suspects: Sequence[Mapping[str, Any]],
+        census: Sequence[Census] = (),
     ) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+        del census  # which there is when the preconditioner's moments are on disk
+        squares = Squares(self._join, result) if self._join else None
         night, ridges, summaries = self._night, _read_fits(fits), []
         mine = choices(judged, night.cohorts[result.shard.path])
         near = around.read_columns(night, result)  # which are there, since the suspects are
@@ -619,11 +659,20 @@ class WriteSignals(beam.DoFn):
                 done += len(rows[-1])
                 at = slice(done - len(rows[-1]), done)
                 some = {name: column[at] for name, column in near.items()}
-                piece, surprises, evidence = signals_of(
-                    night, result.shard.path, rows, described, ridges, mine, spreads, some
+                transformed = squares.of(rows) if squares else None
+                piece, surprises, told_of = signals_of(
+                    night,
+                    result.shard.path,
+                    rows,
+                    described,
+                    ridges,
+                    mine,
+                    spreads,
+                    some,
+                    transformed,
                 )
-                told.append({name: column[::stride] for name, column in evidence.items()})
-                classes, first = night.kind == "classification", rows[0].prediction
+                told.append({name: column[::stride] for name, column in told_of.items()})
+                classes, first = night.kind == "classification", night.predicted(rows[0])
                 found = nights.summary(piece, classes, result.shard.identity, first)
                 summaries.append({**found, **surprises, "model": night.model})
                 yield piece
@@ -699,8 +748,16 @@ def any_of(group: tuple[str, Iterable[ShardResult]]) -> ShardResult:
     return next(iter(group[1]))
 
 
-def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, beam.PCollection]:
-    """ShardResults of both sets → what `WriteSignals` yields, and suspects of other kinds."""
+def judge(
+    results: beam.PCollection, night: Night, join: Join | None = None
+) -> tuple[beam.PCollection, beam.PCollection, beam.PCollection]:
+    """ShardResults of both sets → what `WriteSignals` yields, suspects of other kinds, evidence.
+
+    Args:
+      results: of embedding.
+      night: what is known of it.
+      join: of the preconditioner, where there is one.
+    """
     every = (
         results
         | "Used" >> beam.Filter(lambda result: result.used > 0)
@@ -733,12 +790,17 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
     )
     suspects = every | "Neighbours" >> around.Neighbours(night)
     judged_ones = every | "Training" >> beam.Filter(lambda result: result.set_name == TRAIN)
+    known: dict[str, Any] = {}
+    if join:
+        train = results | "TrainResults" >> beam.Filter(lambda result: result.set_name == TRAIN)
+        known["census"] = beam.pvalue.AsList(train | "Moments" >> Moments(join))
     parts = judged_ones | "Signals" >> beam.ParDo(
-        WriteSignals(night),
+        WriteSignals(night, join),
         beam.pvalue.AsDict(fits),
         beam.pvalue.AsDict(tables_of_judged),
         beam.pvalue.AsDict(spreads),
         beam.pvalue.AsList(suspects),
+        **known,
     )
     found = (
         parts
@@ -746,4 +808,5 @@ def judge(results: beam.PCollection, night: Night) -> tuple[beam.PCollection, be
         | "SameContent" >> beam.GroupByKey()
         | "Duplicates" >> beam.FlatMap(duplicates)
     )
-    return parts, (found, suspects) | "Suspects" >> beam.Flatten()
+    proof = {"parts": parts, "shards": judged_ones} | "Evidence" >> Evidence(night)
+    return parts, (found, suspects) | "Suspects" >> beam.Flatten(), proof

@@ -216,7 +216,7 @@ class WriteSelfInfluence(beam.DoFn):
         output = self._output
         paths = [output.embeddings(runs.TRAIN, c, result.shard) for c in self._checkpoints]
         waiting: list[pa.Table] = []
-        squares = _Squares(self._join, result) if self._join else None
+        squares = Squares(self._join, result) if self._join else None
         for parts in timed(embeddings.read_checkpoints(paths, result.excluded), tally, "read"):
             with tally.timed("compute"):
                 parts = squares.of(parts) if squares else parts
@@ -231,7 +231,7 @@ class WriteSelfInfluence(beam.DoFn):
             yield pa.concat_tables(waiting)
 
 
-class _Squares:
+class Squares:
     """⟨g_c, T_c g_c⟩ in place of ‖g_c‖², of a shard's examples in their order."""
 
     def __init__(self, join: Join, result: ShardResult) -> None:
@@ -281,12 +281,7 @@ class SelfInfluence(beam.PTransform):
         write = WriteSelfInfluence(self.output, self.checkpoints, self.shards, self.join)
         known: dict[str, Any] = {}
         if self.join:
-            counted = (
-                results.pipeline
-                | "Once" >> beam.Create([None])
-                | "Census" >> beam.Map(self._census, beam.pvalue.AsList(results))
-                | "Curvature" >> curvature.TakeCurvature(self.join)
-            )
+            counted = results | "Moments" >> Moments(self.join, self.group_rows)
             known["census"] = beam.pvalue.AsSingleton(counted)
         if not registry.statistics_of(registry.every()):
             return spread | "Write" >> beam.ParDo(write, **known)
@@ -298,7 +293,27 @@ class SelfInfluence(beam.PTransform):
         known["statistics"] = beam.pvalue.AsSingleton(statistics)
         return spread | "Write" >> beam.ParDo(write, **known)
 
+
+@dataclasses.dataclass
+class Moments(beam.PTransform):
+    """Training ShardResults → their Census, once a preconditioner's moments are on disk.
+
+    Attributes:
+      join: of the preconditioner.
+      group_rows: training examples whose second moments are summed together.
+    """
+
+    join: Join
+    group_rows: int = 50_000
+
+    def expand(self, results: beam.PCollection) -> beam.PCollection:
+        return (
+            results.pipeline
+            | "Once" >> beam.Create([None])
+            | "Census" >> beam.Map(self._census, beam.pvalue.AsList(results))
+            | "Curvature" >> curvature.TakeCurvature(self.join)
+        )
+
     def _census(self, _: None, train: Sequence[ShardResult]) -> Census:
-        assert self.join is not None
         groups = index.planned_groups(self.join, train, self.group_rows)
         return joining.take_census(self.join, groups, train, [], 0)

@@ -54,7 +54,10 @@ def read(output: Output) -> pa.Table:
     try:
         found = tables.read(path)
     except pa.ArrowException as error:
-        raise InputError(f"{path} is no ledger of verdicts ({_line(error)}).") from None
+        raise InputError(
+            f"{path} is no ledger of verdicts ({_line(error)}): restore it from a copy, or "
+            "move it away."
+        ) from None
     return _table(list(_checked(found.to_pylist(), path)))
 
 

@@ -6,6 +6,12 @@
   const SNOOZE = 7; // days
   const MATRIX = 12; // classes of the matrix
   const PLOTS = 8;
+  // What speaks for or against a suspect, by arrays.roles.
+  const ROLES = [
+    ["Evidence", "nearest examples, or those that it repeats"],
+    ["Proponents", "training examples that lower its loss, by TracIn: they speak for its label"],
+    ["Opponents", "training examples that raise its loss, by TracIn: they speak against its label"],
+  ];
   const VERDICTS = { keep: "K", relabel: "R", drop: "D", snooze: "S" };
   const $ = (id) => document.getElementById(id);
 
@@ -771,24 +777,33 @@
     const values = header.signals.filter((signal) => Number.isFinite(signal.values[row]));
     const numbers = el("dl", { class: "numbers" }, ...values.map((signal) =>
       el("div", { title: signal.about || undefined }, el("dt", { text: words(signal.name) }), el("dd", { text: number(signal.values[row]) }))));
-    const supports = arrays.supports.subarray(row ? arrays.ends[row - 1] : 0, arrays.ends[row]);
-    const evidence = compared(which, supports) || Array.from(supports, (support) => {
-      const label = arrays.given[support];
-      return el("li", {}, content(support, `Evidence ${shown(ids[support])}`),
-        Number.isFinite(label) ? el("p", { class: Object.is(label, suggested(row)) ? "to" : undefined }, el("bdi", { text: labelText(label) })) : null,
-        el("p", { class: "where" }, el("bdi", { text: shown(ids[support]) })));
+    const start = row ? arrays.ends[row - 1] : 0;
+    const supports = arrays.supports.subarray(start, arrays.ends[row]);
+    const examples = ROLES.flatMap(([heading, about], role) => {
+      const some = supports.filter((_, i) => arrays.roles[start + i] === role);
+      return some.length ? [el("h3", { text: heading, title: about }), evidence(row, which, some)] : [];
     });
-    const examples = Array.isArray(evidence)
-      ? el("ul", { class: Array.from(supports).some(isPicture) ? "evidence" : "evidence texts" }, ...evidence) : evidence;
     box.replaceChildren(
       el("div", { id: "moves" },
         el("button", { type: "button", id: "back", text: "← All suspects", onclick: () => open(false) }),
         el("button", { type: "button", text: "Previous", onclick: () => step(-1) }),
         el("button", { type: "button", text: "Next", onclick: () => step(1) })),
       el("div", { class: isPicture(which) ? "top" : it ? "top words" : "top bare" }, it, said),
-      ...(supports.length ? [el("h3", { text: "Evidence" }), examples] : []),
+      ...examples,
       el("h3", { text: "Signals" }), numbers);
     box.scrollTop = 0;
+  }
+
+  // Examples that say something of a suspect.
+  function evidence(row, which, some) {
+    const tables = compared(which, some);
+    if (tables) return tables;
+    return el("ul", { class: Array.from(some).some(isPicture) ? "evidence" : "evidence texts" }, ...Array.from(some, (one) => {
+      const label = arrays.given[one];
+      return el("li", {}, content(one, `Evidence ${shown(ids[one])}`),
+        Number.isFinite(label) ? el("p", { class: Object.is(label, suggested(row)) ? "to" : undefined }, el("bdi", { text: labelText(label) })) : null,
+        el("p", { class: "where" }, el("bdi", { text: shown(ids[one]) })));
+    }));
   }
 
   // Features of a suspect beside those of its evidence; null if they are no features.
