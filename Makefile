@@ -88,7 +88,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tracin_beam pipelines
 
-documents: $(INSTALLED)  ## write what is made from the flags: the README's table, the Flex Template's parameters
+documents: $(INSTALLED)  ## write what is made from the flags: docs/flags.md, the Flex Template's parameters
 	$(BIN)/python deploy/documents.py
 
 format: $(INSTALLED)  ## let ruff put the code in order

@@ -1,4 +1,4 @@
-"""Writes what is made from the flags: the README's table and the Flex Template's parameters.
+"""Writes what is made from the flags: docs/flags.md's table, the Flex Template's parameters.
 
 python deploy/documents.py
 """
@@ -14,9 +14,9 @@ _TABLE = re.compile(r"^\| flag \| default \| \|\n(?:\|.*\n)+", re.MULTILINE)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    written = _TABLE.sub(lambda _: options.readme_table(), readme.read_text("utf-8"), count=1)
-    readme.write_text(written, "utf-8")
+    flags = ROOT / "docs/flags.md"
+    written = _TABLE.sub(lambda _: options.flags_table(), flags.read_text("utf-8"), count=1)
+    flags.write_text(written, "utf-8")
     runpy.run_path(str(ROOT / "deploy/dataflow/metadata.py"), run_name="__main__")
 
 

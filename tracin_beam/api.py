@@ -182,7 +182,7 @@ class Result:
     def table(
         self, kind: Literal["pandas", "arrow"] = "pandas", columns: Sequence[str] | None = None
     ) -> "pd.DataFrame | pa.Table":
-        """Reads the table, whose columns the README describes.
+        """Reads the table, whose columns docs/tables.md describes.
 
         Args:
           kind: a pandas.DataFrame, or a pyarrow.Table.

@@ -1,6 +1,6 @@
 """The configuration of a run: every flag, with its default and what can be said of it.
 
-To add a flag, add a field to `Config`. The parser, `--help`, the README's table and the
+To add a flag, add a field to `Config`. The parser, `--help`, the table of docs/flags.md and the
 parameters of the Flex Template are made from the fields.
 """
 
@@ -22,7 +22,7 @@ class Flag:
     """What is known of a flag besides its name and default.
 
     Attributes:
-      help: what it means, for `--help` and the README.
+      help: what it means, for `--help` and docs/flags.md.
       read: its value from text; raises a ValueError that says what to give instead.
       choices: the values that it may have, if they are few; or "module:function" that gives them,
         a module that does not import TensorFlow.

@@ -32,15 +32,16 @@ def test_every_target_is_described():
 
 
 def test_flags_and_documents_name_every_target():
-    readme = (ROOT / "README.md").read_text()
-    (row,) = [line for line in readme.splitlines() if line.startswith("| `--target`")]
+    flags = (ROOT / "docs/flags.md").read_text()
+    tasks = (ROOT / "docs/tasks.md").read_text()
+    (row,) = [line for line in flags.splitlines() if line.startswith("| `--target`")]
     metadata = json.loads((ROOT / "deploy" / "dataflow" / "metadata.json").read_text())
     (parameter,) = [p for p in metadata["parameters"] if p["name"] == "target"]
     for name in targets.names():
         assert f"`{name}`" in row
         assert name in parameter["helpText"]
         about = targets.get(name).about
-        assert f"| `{name}` | {about[0].lower()}{about[1:].removesuffix('.')} |" in readme
+        assert f"| `{name}` | {about[0].lower()}{about[1:].removesuffix('.')} |" in tasks
 
 
 def test_their_names_are_known_without_tensorflow():

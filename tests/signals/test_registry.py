@@ -9,7 +9,7 @@ import tiny as t
 from tracin_beam.signals import registry
 from tracin_beam.signals.registry import Rows
 
-README = Path(__file__).parents[2] / "README.md"
+TABLES = Path(__file__).parents[2] / "docs/tables.md"
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def empty(monkeypatch):
     monkeypatch.setattr(registry, "_statistics", dict(registry._statistics))
 
 
-def test_the_readme_has_every_column():
-    assert registry.readme_rows() in README.read_text()
+def test_the_documents_have_every_column():
+    assert registry.documented_rows() in TABLES.read_text()
 
 
 def test_columns_and_what_they_need():

@@ -77,8 +77,8 @@ def flag_help(name: str, flag: Flag) -> str:
     return about
 
 
-def readme_table() -> str:
-    """The README's table of all flags, in Markdown."""
+def flags_table() -> str:
+    """The table of all flags of docs/flags.md, in Markdown."""
     rows = ["| flag | default | |", "|---|---|---|"]
     for name, flag in config_flags.flags().items():
         shown = config_flags.shown_default(name)

@@ -186,8 +186,8 @@ def every() -> list[Signal]:
     return list(_signals.values())
 
 
-def readme_rows() -> str:
-    """The signals' rows of the table of columns in the README."""
+def documented_rows() -> str:
+    """The signals' rows of the table of columns in docs/tables.md."""
     types = {False: "float64", True: "list of float64"}
     rows = [f"| `{one.name}` | {types[one.by_checkpoint]} | {one.about} |" for one in every()]
     return "\n".join(rows) + "\n"
