@@ -11,7 +11,7 @@ import pytest
 import tiny as t
 from tiny import Tiny, rows
 
-from tracin_beam.jobs import graphs
+from tracin_beam.jobs import graphs, tryout
 
 STAGES = ("influence", "self_influence")
 # With several groups and parts of the index, and with a test set whose tables have several files.
@@ -161,6 +161,13 @@ def test_nothing_changed(made):
     before = t.snapshot(made.out, "influence/**/*")
     assert changed(made, STAGES) == (set(), set())
     assert t.snapshot(made.out, "influence/**/*") == before
+
+
+def test_what_is_known_is_not_tried_out(made, monkeypatch):
+    monkeypatch.setattr(tryout, "try_out", lambda *_: pytest.fail("it was tried out"))
+    assert changed(made, STAGES) == (set(), set())
+    with pytest.raises(pytest.fail.Exception):
+        run_all(made, top_k=99)
 
 
 def test_a_new_shard(made):

@@ -20,7 +20,7 @@ from tracin_beam.jobs.preflight import Run
 from tracin_beam.jobs.registry import JOBS
 from tracin_beam.signals import gates, mislabel
 from tracin_beam.signals.gates import Gate
-from tracin_beam.storage import files, runs, sinks, tables, verdicts
+from tracin_beam.storage import files, listings, runs, sinks, tables, verdicts
 from tracin_beam.storage.files import Stamp
 from tracin_beam.storage.runs import Made, Output, ShardResult
 
@@ -137,9 +137,11 @@ def graph(pipeline: beam.Pipeline, run: Run) -> None:
         )
     else:
         results = graphs.embed_stage(pipeline, run)
-        units = {(u.shard.path, u.checkpoint.folder): u.fingerprint for u in run.units}
         trusted = _trusted(run)
-        cohorts, phi, threshold = _cohorts(run), config.features, run.kind["threshold"]
+        fingerprints = {f"{u.checkpoint.folder}/{u.shard.path}": u.fingerprint for u in run.units}
+        units = listings.of_dict(run.output, fingerprints)
+        cohorts = listings.of_dict(run.output, _cohorts(run))
+        phi, threshold = config.features, run.kind["threshold"]
         what = Night(
             run.output, run.source, run.checkpoints, units, kind, cohorts, trusted, phi, threshold
         )

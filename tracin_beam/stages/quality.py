@@ -87,8 +87,8 @@ class Night:
       output: the output directory.
       source: the engine.
       checkpoints: in training order.
-      units: fingerprint of every training shard's embeddings, by its path and the folder
-        of the checkpoint.
+      units: fingerprint of every training shard's embeddings, by the folder of the checkpoint, a
+        slash, and the shard's path.
       kind: of the task: "classification", "multilabel" or "regression".
       cohorts: "trained", "new" or "unknown", by the path of the shard; see `inputs.trained`.
       trusted: paths of the shards that are trusted to be right.
@@ -99,7 +99,7 @@ class Night:
     output: Output
     source: EngineSource
     checkpoints: tuple[CheckpointFile, ...]
-    units: Mapping[tuple[str, str], str]
+    units: Mapping[str, str]
     kind: str
     cohorts: Mapping[str, str]
     trusted: frozenset[str] = frozenset()
@@ -129,7 +129,7 @@ class Night:
 
     def fingerprint(self, place: int, result: ShardResult) -> str:
         """Of all that a feature file is made from."""
-        unit = self.units[result.shard.path, self.checkpoints[place].folder]
+        unit = self.units[f"{self.checkpoints[place].folder}/{result.shard.path}"]
         made_of = [unit, result.excluded, _VERSION, place in self.places, self.kind, self.phi]
         return runs.digest(made_of)
 
