@@ -789,7 +789,8 @@
         el("button", { type: "button", text: "Previous", onclick: () => step(-1) }),
         el("button", { type: "button", text: "Next", onclick: () => step(1) })),
       el("div", { class: isPicture(which) ? "top" : it ? "top words" : "top bare" }, it, said),
-      ...examples,
+      ...(examples.length ? examples : [el("p", { class: "where",
+        text: "No examples beside it: what speaks for and against a label is looked for of the worst mislabelled ones." })]),
       el("h3", { text: "Signals" }), numbers);
     box.scrollTop = 0;
   }
