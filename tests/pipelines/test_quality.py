@@ -329,3 +329,58 @@ def test_many_classes_are_judged_as_all_of_them_are(tmp_path, monkeypatch):
 
 def linear(inputs, outputs=1):
     return keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(outputs)])
+
+
+def test_what_speaks_for_and_against_a_label(job):
+    assert job.run("quality", date="2026-11-22", **FLAGS) == 0
+    _, suspects, _ = night(job)
+    train = job.good("train")
+    number = {row.id: i for i, row in enumerate(train)}
+    scores = t.scores(job, train, train).sum(axis=2)
+    np.fill_diagonal(scores, 0)
+    wrong = [row for row in suspects if row["kind"] == "mislabelled"]
+    assert wrong
+    for row in wrong:
+        own = scores[number[row["id"]]]
+        order = np.argsort(-own)
+        names = [train[i].id for i in order]
+        for name, expected in (("proponents", names[:3]), ("opponents", names[:-4:-1])):
+            sign = 1 if name == "proponents" else -1
+            expected = [one for one in expected if sign * own[number[one]] > 0]
+            assert row[name] == expected
+        labels = {train[number[one]].y for one in row["supporting_ids"]}
+        assert labels <= {int(row["suggested_label"])}
+
+
+def test_one_output_for_two_classes_and_a_ledger_that_is_damaged(tmp_path):
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=(30, 3)).astype(np.float32)
+    weights = np.array([[2.0], [-1.0], [1.0]])
+    y = (x @ weights > 0).astype(np.float32)[:, 0]
+    y[4] = 1 - y[4]
+    parse = tracin_beam.write_shards((x, y), str(tmp_path / "train-*.tfrecord"))
+    build = functools.partial(linear, 3)
+    model = build()
+    model.set_weights([weights, np.zeros(1)])
+    tracin_beam.save_checkpoint(tmp_path / "ckpts", model, 1, 0.1)
+    run = functools.partial(
+        tracin_beam.quality,
+        tracin_beam.Task(build, keras.losses.BinaryCrossentropy(from_logits=True), parse),
+        train=tmp_path / "train-*.tfrecord",
+        checkpoints=tmp_path / "ckpts",
+        output=tmp_path / "out",
+        projection="none",
+        progress=False,
+    )
+    run(date="2026-11-22")
+    folder = tmp_path / "out" / "quality" / "2026-11-22"
+    signals = pq.read_table(folder / "signals.parquet")
+    assert signals["prediction"].to_pylist() == (x @ weights > 0)[:, 0].astype(float).tolist()
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert metrics["accuracy"] == metrics["accuracy_first_checkpoint"] == pytest.approx(29 / 30)
+    (tmp_path / "out" / "quality" / "verdicts.parquet").write_bytes(b"no table")
+    with pytest.raises(
+        tracin_beam.InputError, match=r"no ledger of verdicts .*: restore it from a copy"
+    ):
+        run(date="2026-11-23")
+    assert not (tmp_path / "out" / "quality" / "2026-11-23").exists()
