@@ -155,7 +155,8 @@ class Score:
         Returns:
           float [q, n].
         """
-        return queries @ rows.T
+        # NumPy is three times as slow with two types.
+        return queries @ rows.astype(queries.dtype, copy=False).T
 
     def query_rows(self, rows: np.ndarray) -> np.ndarray:
         """√weight_c T_c e_c for one checkpoint after the other: of the shape and type of rows.
