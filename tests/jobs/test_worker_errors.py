@@ -173,13 +173,13 @@ def test_a_limit_on_the_size_of_files(job, capfd):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
-        status = job.run("embed", dim=4096)
+        status = job.run("embed", dim=16384)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = says(capfd, status, "larger than is allowed here; raise the limit")
     assert "train-0.tfrecord" in said or "test-0.tfrecord" in said
     assert not list(job.folder.rglob(".*.tmp"))
-    assert job.run("embed", dim=4096) == 0
+    assert job.run("embed", dim=16384) == 0
 
 
 @pytest.fixture
