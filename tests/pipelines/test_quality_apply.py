@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tensorflow.train import Example
-from tiny import Tiny, rows, snapshot
+from tiny import Tiny, rows, snapshot, whole
 
 from tracin_beam import Task
 from tracin_beam.__main__ import main
@@ -123,11 +123,11 @@ def test_the_ledger_is_applied_and_a_second_time_changes_nothing(cleaned, capsys
     first = snapshot(cleaned.to)
     assert cleaned.apply("--label_feature=y") == 0
     assert snapshot(cleaned.to) == first
-    bytes_then = {p: p.read_bytes() for p in cleaned.to.rglob("*") if p.is_file()}
+    bytes_then = whole(cleaned.to)
     for path in (cleaned.to / "a.tfrecord", cleaned.to / "_state/b.tfrecord.json"):
         path.unlink()  # as after a kill
     assert cleaned.apply("--label_feature=y") == 0
-    assert bytes_then == {p: p.read_bytes() for p in cleaned.to.rglob("*") if p.is_file()}
+    assert bytes_then == whole(cleaned.to)
 
     (cleaned.folder / "train/b.tfrecord").unlink()
     assert cleaned.apply("--label_feature=y") == 0
