@@ -60,8 +60,8 @@ def cleaned(name: str, of: noisy.Problem, night: mislabel.Night, rows: np.ndarra
     labels = of.given.copy()
     for path in sorted((folder / "cleaned").glob("train-*.tfrecord")):
         for record in formats.read(str(path)):
-            example = night.parse(record.data)
-            labels[int(example["id"].numpy())] = int(example["label"].numpy())
+            example = night.parse([record.data])
+            labels[int(example["id"].numpy()[0])] = int(example["label"].numpy()[0])
     return labels
 
 
