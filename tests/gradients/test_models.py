@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from oracle import check_model, engine_of, task_of, values_of
+from oracle import engine_of, task_of, values_of
+from small import CLASSES, CROSSENTROPY, IDS, SEQUENCES, VECTORS, N, check, rng
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients.batches import BatchParser
@@ -12,18 +13,6 @@ from tracin_beam.gradients.engine import Engine, EngineConfig
 from tracin_beam.inputs.task import Task
 
 L = keras.layers
-N = 6
-CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-rng = np.random.default_rng(0)
-VECTORS = rng.normal(size=(N, 5)).astype("float32")
-SEQUENCES = rng.normal(size=(N, 4, 5)).astype("float32")
-IDS = rng.integers(0, 11, (N, 4))
-IDS[:, -1] = 0
-CLASSES = rng.integers(0, 3, N)
-
-
-def check(build, features=VECTORS, label=CLASSES, loss=CROSSENTROPY, **options):
-    return check_model(build, features, label, loss, **options)
 
 
 def test_sequential():

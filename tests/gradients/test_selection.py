@@ -1,24 +1,13 @@
 """The choice of weights, and their names."""
 
 import keras
-import numpy as np
 import pytest
-from oracle import check_model
+from small import check
 
 from tracin_beam.errors import InputError
 from tracin_beam.gradients.selection import select_weights
 
 L = keras.layers
-N = 6
-CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-rng = np.random.default_rng(0)
-VECTORS = rng.normal(size=(N, 5)).astype("float32")
-SEQUENCES = rng.normal(size=(N, 4, 5)).astype("float32")
-CLASSES = rng.integers(0, 3, N)
-
-
-def check(build, features=VECTORS, **options):
-    return check_model(build, features, CLASSES, CROSSENTROPY, **options)
 
 
 def frozen():

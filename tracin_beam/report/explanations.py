@@ -1,7 +1,7 @@
 """The influence table arranged by test example: what its page and the terminal share."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,35 @@ class Explanation:
     opponents: tuple[Influence, ...]
 
 
+def influences(
+    rows: Sequence[Mapping[str, Any]],
+    role: str,
+    read: Reading,
+    differs: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+) -> tuple[Influence, ...]:
+    """Those rows of a table that have a role, in words.
+
+    Args:
+      rows: strongest first.
+      role: "proponent" or "opponent".
+      read: how to read labels and predictions.
+      differs: whether a row's training example has another label than what it influenced.
+    """
+    return tuple(
+        Influence(
+            id=words.shown(row["train_id"]),
+            place=(row["train_shard"], row["train_position"]),
+            label=read.label(row["train_label"]),
+            label_differs=differs(row),
+            prediction=read.prediction(row["train_prediction"]),
+            score=row["score"],
+            by_checkpoint=tuple(row["score_by_checkpoint"] or ()),
+        )
+        for row in rows
+        if row["role"] == role
+    )
+
+
 def arrange(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Explanation]:
     """Arranges the table by test example: wrong predictions first, else in the table's order."""
 
@@ -94,20 +123,8 @@ def arrange(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Explanatio
         mine = rows.filter(_at(rows, place)).sort_by("rank").to_pylist()
         first = mine[0]
 
-        def of(role: str) -> tuple[Influence, ...]:
-            return tuple(
-                Influence(
-                    id=words.shown(row["train_id"]),
-                    place=(row["train_shard"], row["train_position"]),
-                    label=read.label(row["train_label"]),
-                    label_differs=read.classes and _differ(row["train_label"], row["test_label"]),
-                    prediction=read.prediction(row["train_prediction"]),
-                    score=row["score"],
-                    by_checkpoint=tuple(row["score_by_checkpoint"] or ()),
-                )
-                for row in mine
-                if row["role"] == role
-            )
+        def differs(row: Mapping[str, Any]) -> bool:
+            return read.classes and _differ(row["train_label"], row["test_label"])
 
         return Explanation(
             id=words.shown(first["test_id"]),
@@ -115,8 +132,8 @@ def arrange(rows: pa.Table, read: Reading, *, max_tests: int) -> list[Explanatio
             label=read.label(first["test_label"]),
             prediction=read.prediction(first["test_prediction"]),
             wrong=is_wrong(read, first["test_prediction"], first["test_label"]),
-            proponents=of("proponent"),
-            opponents=of("opponent"),
+            proponents=influences(mine, "proponent", read, differs),
+            opponents=influences(mine, "opponent", read, differs),
         )
 
     return [one(place) for place in _chosen(rows, read, max_tests)]

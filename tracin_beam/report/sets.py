@@ -1,13 +1,12 @@
 """What the influence page shows of groups and slices."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from tracin_beam.report import words
-from tracin_beam.report.explanations import Influence, Place, Reading
+from tracin_beam.report.explanations import Influence, Place, Reading, influences
 
 # Groups that the page shows of the training and of the test set, those with most examples.
 _TRAIN_GROUPS, _TEST_GROUPS = 40, 12
@@ -83,27 +82,12 @@ def slices_of(table: pa.Table | None, read: Reading) -> list[_Slice]:
     for row in table.to_pylist() if table is not None else ():
         found.setdefault(row["slice"], []).append(row)
 
-    def of(rows: Sequence[Mapping[str, Any]], role: str) -> tuple[Influence, ...]:
-        mine = sorted((row for row in rows if row["role"] == role), key=lambda row: row["rank"])
-        return tuple(
-            Influence(
-                id=words.shown(row["train_id"]),
-                place=(row["train_shard"], row["train_position"]),
-                label=read.label(row["train_label"]),
-                label_differs=False,
-                prediction=read.prediction(row["train_prediction"]),
-                score=row["score"],
-                by_checkpoint=tuple(row["score_by_checkpoint"] or ()),
-            )
-            for row in mine
-        )
-
-    return [
-        _Slice(
-            words.shown(name), rows[0]["test_examples"], of(rows, "proponent"), of(rows, "opponent")
-        )
-        for name, rows in list(found.items())[:_SLICES]
-    ]
+    slices = []
+    for name, rows in list(found.items())[:_SLICES]:
+        rows.sort(key=lambda row: row["rank"])
+        of_roles = (influences(rows, role, read) for role in ("proponent", "opponent"))
+        slices.append(_Slice(words.shown(name), rows[0]["test_examples"], *of_roles))
+    return slices
 
 
 def places_shown(table: pa.Table | None) -> set[Place]:

@@ -17,6 +17,8 @@ import dataclasses
 
 import numpy as np
 
+from tracin_beam.signals import ridge
+
 LARGEST = 1_000_000  # numbers of evidence that are looked at
 _SHARPNESS = tuple(2 ** (power / 4) for power in range(13))
 _PRIOR = 0.03
@@ -38,9 +40,7 @@ class Noise:
 
 
 def _sharpened(evidence: np.ndarray, sharpness: float) -> np.ndarray:
-    logs = sharpness * np.log(np.maximum(evidence, _LEAST))
-    grown = np.exp(logs - logs.max(axis=1, keepdims=True))
-    return grown / grown.sum(axis=1, keepdims=True)
+    return ridge.softmax(sharpness * np.log(np.maximum(evidence, _LEAST)))
 
 
 def noise(evidence: np.ndarray, label: np.ndarray) -> Noise:

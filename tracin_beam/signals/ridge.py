@@ -194,6 +194,10 @@ def probabilities(output: np.ndarray, temperature: float, separate: bool = False
     """
     if separate:
         return 1 / (1 + np.exp(-np.clip((output - 0.5) / temperature, -500, 500)))
-    scaled = output / temperature
-    grown = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return softmax(output / temperature)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of classes: float [n, K], rows that sum to 1."""
+    grown = np.exp(logits - logits.max(axis=1, keepdims=True))
     return grown / grown.sum(axis=1, keepdims=True)
